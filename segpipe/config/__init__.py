@@ -1,0 +1,1 @@
+"""Configuration: pydantic models at the border, parsing of YAML and overrides."""

@@ -1,0 +1,125 @@
+"""The exception tree: a class says what a handler does, and so carries the exit code.
+
+SegpipeError        1  a bug, or an error nobody classified
+  InputError        2  wrong input or config; nothing was written
+    ConfigError     2  the config itself is wrong
+  StorageError      3  storage failed; the same command goes on where it stopped
+    ObjectMissing   3  no object under that key
+    ObjectChanged   3  the object is no longer the version that was pinned
+    StorageRefused  3  storage answers and says no (no bucket, 401, 403)
+    StorageFull     3  no space left
+  IncompleteError   3  a run ended with units missing
+  CheckError        4  a gate or a check failed
+  BudgetError       5  complete, but more failed scenes than allowed
+  SceneError        -  one scene's fault: becomes a failed row with a ``kind``
+  Interrupted     130  Ctrl-C (143 after SIGTERM)
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Kinds are part of the stored format: append only, never rename.
+ERROR_KINDS: Final = (
+    "not_found",  # the scene's file is gone
+    "not_raster",  # the content is no raster that we open (text, VRT, 0 bytes)
+    "header",  # a raster whose header cannot be read
+    "limit",  # the header claims more than input.limits allow
+    "decode",  # pixels cannot be decoded (truncated, CRC)
+    "bands",  # fewer bands than the model takes
+    "dtype",  # a pixel type that the model cannot take
+    "valid_mask",  # the validity sidecar is missing, unreadable or of another size
+    "scene_changed",  # another version than the plan's was found while reading
+    "shard_count",  # an image shard has not the member count that was planned
+    "label_read",  # the label is missing or cannot be read
+    "label_size",  # the label is not on the scene's grid
+    "label_value",  # the label holds values that no class maps
+    "kills_worker",  # the unit ended its worker twice, alone
+    "mask_missing",  # evaluate --masks: the run has no mask for these pixels
+)
+
+
+class SegpipeError(Exception):
+    """Base of all errors. A message says what is wrong, where, and what to do.
+
+    The three parts stay positional so that instances survive pickling between processes.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        super().__init__(what, where, fix)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}. {self.fix}" if self.fix else text
+
+
+class InputError(SegpipeError, ValueError):
+    """Wrong input, found before anything was written."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """The config is wrong: unknown key, bad value, contradiction."""
+
+
+class StorageError(SegpipeError, OSError):
+    """Storage failed after all retries; nothing half-written is left."""
+
+    exit_code = 3
+
+
+class ObjectMissing(StorageError):
+    """There is no object under that key."""
+
+
+class ObjectChanged(StorageError):
+    """The object is there, but not in the version that was asked for."""
+
+
+class StorageRefused(StorageError):
+    """Storage says no for good: no such bucket, 401, 403, no write permission."""
+
+
+class StorageFull(StorageError):
+    """No space left on the device."""
+
+
+class IncompleteError(SegpipeError):
+    """A run ended with units missing; the same command again goes on."""
+
+    exit_code = 3
+
+
+class CheckError(SegpipeError):
+    """A check failed: a damaged object, a gate that was not passed."""
+
+    exit_code = 4
+
+
+class BudgetError(SegpipeError):
+    """Everything is done, but more scenes failed than ``failures.max_fraction`` allows."""
+
+    exit_code = 5
+
+
+class SceneError(SegpipeError):
+    """The fault of one scene. ``kind`` is one of ERROR_KINDS; the rest of the archive goes on."""
+
+    exit_code = 5
+
+    def __init__(self, kind: str, what: str, where: str = "", fix: str = "") -> None:
+        if kind not in ERROR_KINDS:
+            raise ValueError(f"unknown error kind {kind!r}")
+        super().__init__(what, where, fix)
+        self.kind = kind
+        self.args = (kind, what, where, fix)  # what pickle hands to __init__
+
+
+class Interrupted(SegpipeError):
+    """The user or the scheduler asked to stop."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""Tiles to class bytes: the engine, without Ray."""

@@ -1,0 +1,1 @@
+"""The mask dataset: rows, PNG codec, run folder, reading, writing, checking."""

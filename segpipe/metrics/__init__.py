@@ -1,0 +1,1 @@
+"""Confusion counts and the scores made of them."""

@@ -1,0 +1,1 @@
+"""Ray pipelines and their drivers."""

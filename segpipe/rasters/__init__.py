@@ -1,0 +1,1 @@
+"""Reading of scenes, labels and image shards: the only door to pixels on disk."""
