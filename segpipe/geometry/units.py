@@ -30,29 +30,26 @@ class UnitPacker:
     tile_px: int
     _unit: int = field(default=-1, init=False)
     _num_px: int = field(default=0, init=False)
-    _rows: int = field(default=0, init=False)
+    _rows: int = field(default=MAX_UNIT_ROWS, init=False)
 
     def add(self, block_sizes_px: Sequence[int]) -> UnitSpan:
         """Pack one scene's blocks; a scene without any block (unreadable header) counts as one of 0 px."""
         sizes = block_sizes_px or (0,)
         if len(sizes) > 1:
-            self._close()
-        first = -1
-        for size_px in sizes:
-            self._pack(max(size_px, self.tile_px**2))
-            first = self._unit if first < 0 else first
+            self._rows = MAX_UNIT_ROWS  # closes the open unit
+        first = self.add_block(sizes[0])
+        for size_px in sizes[1:]:
+            self.add_block(size_px)
         return UnitSpan(first, self._unit - first + 1)
 
-    def _pack(self, size_px: int) -> None:
-        if self._unit < 0 or self._num_px + size_px > self.unit_px or self._rows >= MAX_UNIT_ROWS:
-            self._close()
-            self._unit += 1
-        self._num_px += size_px
+    def add_block(self, size_px: int) -> int:
+        """Pack one block and return its unit."""
+        counted_px = max(size_px, self.tile_px**2)
+        if self._rows >= MAX_UNIT_ROWS or self._num_px + counted_px > self.unit_px:
+            self._unit, self._num_px, self._rows = self._unit + 1, 0, 0
+        self._num_px += counted_px
         self._rows += 1
-
-    def _close(self) -> None:
-        # The next block opens a unit; an open one without rows cannot exist.
-        self._num_px, self._rows = self.unit_px, MAX_UNIT_ROWS
+        return self._unit
 
     @property
     def num_units(self) -> int:
@@ -62,12 +59,9 @@ class UnitPacker:
 def split_blocks(block_sizes_px: Sequence[int], unit_px: int, tile_px: int) -> list[range]:
     """Return the block indices of each unit of one scene that starts a unit."""
     packer = UnitPacker(unit_px, tile_px)
-    starts: list[int] = []
-    for index, size_px in enumerate(block_sizes_px):
-        packer._pack(max(size_px, tile_px**2))
-        if packer._rows == 1:
-            starts.append(index)
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(block_sizes_px)], strict=True)]
+    units = [packer.add_block(size_px) for size_px in block_sizes_px]
+    starts = [index for index, unit in enumerate(units) if index == 0 or unit != units[index - 1]]
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
 
 
 def pack_scenes(scenes: Iterable[Sequence[int]], unit_px: int, tile_px: int) -> Iterator[UnitSpan]:
