@@ -11,7 +11,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 class LimitsConfig(_Section):
@@ -45,7 +47,9 @@ class InputConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> InputConfig:
         if self.valid not in ("auto", "none", "nodata", "alpha") and "{" not in self.valid:
-            raise ValueError("valid: must be auto, none, nodata, alpha or a template such as {parent}/{stem}_mask.tif")
+            raise ValueError(
+                "valid: must be auto, none, nodata, alpha or a template such as {parent}/{stem}_mask.tif"
+            )
         if any(not 0 <= index <= 255 for index in self.label_map.values()):
             raise ValueError("label_map: class indices lie between 0 and 255 (255 = ignore)")
         return self

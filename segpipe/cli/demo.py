@@ -1,0 +1,81 @@
+"""``segpipe demo``: predict, score, export and draw the packaged archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from segpipe.cli.jobs import read_config
+from segpipe.cli.progress import ProgressEvents
+from segpipe.config.model import InputConfig
+from segpipe.demo.archive import DemoArchive, demo_archive
+from segpipe.geometry.grid import Window
+from segpipe.masks.plan import load_part
+from segpipe.masks.read import MaskReader, SceneUnits
+from segpipe.masks.run import list_parts, require_run
+from segpipe.pipelines.export import export_run
+from segpipe.pipelines.predict import prepare, run_job
+from segpipe.rasters.labels import open_label
+from segpipe.rasters.reader import open_scene
+from segpipe.reports.pictures import draw_scene
+from segpipe.storage import open_storage
+
+
+def demo_command(output: str, *, executor: str) -> int:
+    """Run the demo into ``output`` and return the exit code."""
+    from rich.console import Console
+
+    from segpipe.reports.terminal import print_scores
+
+    archive = demo_archive()
+    run = f"{output}/run"
+    flags = {
+        "input.scenes": [str(archive.scenes)],
+        "input.labels": archive.labels,
+        "model": str(archive.model),
+        "output": run,
+        "cluster.executor": executor,
+    }
+    config = read_config(None, flags, [])
+    with ProgressEvents() as events:
+        outcome = run_job(prepare(config), events, need_labels=True)
+    if outcome.exit_code:
+        return outcome.exit_code
+    exported = export_run(run, f"{output}/geotiff", scenes_glob=None, partial=False, workers=2)
+    pictures = _draw(run, Path(output) / "pictures", config.input)
+    print_scores(outcome.summary, Console())
+    _print_places(output, exported.exported + exported.existing, pictures, archive)
+    return 0
+
+
+def _draw(run: str, folder: Path, config: InputConfig) -> int:
+    """Write a picture per scene and return how many."""
+    storage, target = open_storage(run), open_storage(str(folder))
+    info = require_run(storage)
+    reader = MaskReader(storage)
+    count = 0
+    for part in list_parts(storage):
+        for scene in load_part(storage, part, info.facts).scenes():
+            if scene.header is None:
+                continue
+            source, header = scene.source, scene.header
+            whole = Window(0, 0, header.height, header.width)
+            with (
+                open_scene(source, header, config) as pixels,
+                open_label(source, header.height, header.width, info.card.classes, config) as labels,
+            ):
+                image, label = pixels.read(whole)[0][:3], labels.read(whole)
+            units = SceneUnits(source.scene_id, part, scene.first_unit, scene.units)
+            mask, _ = reader.read(units, whole)
+            target.put(
+                f"{source.scene_id}.png", draw_scene(image, label, mask, info.card.classes, source.scene_id)
+            )
+            count += 1
+    return count
+
+
+def _print_places(output: str, exported: int, pictures: int, archive: DemoArchive) -> None:
+    print(f"masks     {output}/run/masks  (Parquet: open with DuckDB, GeoPandas, pandas)")
+    print(f"report    {output}/run/reports/report.html")
+    print(f"GeoTIFFs  {output}/geotiff  ({exported} Cloud-Optimized GeoTIFFs)")
+    print(f"pictures  {output}/pictures  ({pictures})")
+    print(f"sources   {archive.attribution}")

@@ -1,0 +1,143 @@
+"""The commands that run a pipeline: predict and evaluate."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from segpipe.cli.progress import ProgressEvents
+from segpipe.config.load import load_config
+from segpipe.config.model import SegpipeConfig
+from segpipe.errors import ConfigError
+from segpipe.pipelines.predict import DryRun, Job, Outcome, dry_run, prepare, run_job
+from segpipe.storage import read_uri
+
+
+def read_config(uri: str | None, flags: dict[str, Any], sets: list[str]) -> SegpipeConfig:
+    """Fetch the YAML from any storage and lay flags and --set over it."""
+    text = None
+    if uri is not None:
+        try:
+            text = read_uri(uri).decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError("the config is not UTF-8 text", uri) from error
+    return load_config(
+        text, {key: value for key, value in flags.items() if value is not None}, sets, uri or "flags"
+    )
+
+
+def run_command(
+    kind: str,
+    config_uri: str | None,
+    flags: dict[str, Any],
+    sets: list[str],
+    *,
+    masks: str | None = None,
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Run predict or evaluate and return the exit code."""
+    config = read_config(config_uri, flags, sets)
+    need_labels = kind == "evaluate"
+    if need_labels and config.input.labels is None and masks is None and config.model is None:
+        raise ConfigError("nothing to score", "model", "Give --model URI or --masks RUN.")
+    job = prepare(config, masks_uri=masks)
+    with ProgressEvents() as events:
+        if dry_run:
+            _print_dry_run(_dry_run(job, events, need_labels), as_json)
+            return 0
+        outcome = run_job(job, events, need_labels=need_labels)
+    print_outcome(outcome, as_json=as_json, scores=need_labels or config.input.labels is not None)
+    return outcome.exit_code
+
+
+def _dry_run(job: Job, events: ProgressEvents, need_labels: bool) -> DryRun:
+    return dry_run(job, events, need_labels=need_labels)
+
+
+def print_outcome(outcome: Outcome, *, as_json: bool, scores: bool) -> None:
+    """Print how a run ended: results on stdout, what to do about faults on stderr."""
+    import sys
+
+    from rich.console import Console
+
+    from segpipe.reports.terminal import print_scores
+
+    if as_json:
+        tree = {
+            "schema_version": 1,
+            "run": outcome.uri,
+            "exit_code": outcome.exit_code,
+            "units": outcome.units,
+            "computed": outcome.computed,
+            "missing": outcome.missing,
+            "summary": outcome.summary,
+        }
+        print(json.dumps(tree))
+    else:
+        print_scores(outcome.summary, Console()) if scores and outcome.summary.get("scores") else None
+        print(_result_line(outcome))
+    for reason in outcome.deferred:
+        print(f"not committed: {reason}", file=sys.stderr)
+    if outcome.missing:
+        print(
+            f"{outcome.missing} of {outcome.units} units are missing; the same command goes on",
+            file=sys.stderr,
+        )
+    elif outcome.exit_code == 5:
+        allowed = f"more than failures.max_fraction {outcome.max_fraction:g} allows"
+        print(
+            f"{outcome.failed_scenes} of {outcome.scenes} scenes have failed, {allowed}: see "
+            f"{outcome.uri}/reports/failures.parquet, repair the sources and run again",
+            file=sys.stderr,
+        )
+
+
+def _result_line(outcome: Outcome) -> str:
+    scenes = outcome.summary["scenes"]
+    states = ", ".join(
+        f"{scenes[name]} {name}" for name in ("ok", "empty", "partial", "failed") if scenes[name]
+    )
+    return (
+        f"{scenes['all']} scenes ({states or 'none'}), {outcome.units} units, {outcome.computed} computed now\n"
+        f"masks:  {outcome.uri}/masks\nreport: {outcome.uri}/reports/report.html"
+    )
+
+
+def _print_dry_run(plan: DryRun, as_json: bool) -> None:
+    totals, facts, pool = plan.totals, plan.facts, plan.pool
+    tree = {
+        "schema_version": 1,
+        "scenes": totals.scenes,
+        "scenes_planned_already": plan.known_scenes,
+        "failed_headers": totals.failed_kinds,
+        "units": totals.units,
+        "blocks": totals.blocks,
+        "tiles": totals.tiles,
+        "mpx": round(totals.scene_px / 1e6, 3),
+        "km2": round(totals.area_m2 / 1e6, 6),
+        "source_bytes": totals.source_bytes,
+        "validity": totals.validity,
+        "coarser_than_model": totals.num_coarser,
+        "workers": pool.workers,
+        "cpus_per_worker": pool.cpus_per_worker,
+        "gpus_per_worker": pool.gpus_per_worker,
+        "threads_per_worker": facts.threads_per_worker,
+        "device": facts.device,
+        "precision": facts.precision,
+        "tile_px": facts.tile_px,
+        "batch_size": facts.batch_size,
+        "unit_px": facts.unit_px,
+    }
+    if as_json:
+        print(json.dumps(tree))
+        return
+    width = max(map(len, tree))
+    for name, value in tree.items():
+        if name != "schema_version":
+            shown = (
+                ", ".join(f"{key} {count}" for key, count in value.items())
+                if isinstance(value, dict)
+                else value
+            )
+            print(f"{name:<{width}}  {shown}")

@@ -1,0 +1,227 @@
+"""The ``segpipe`` command: parser, exit codes, errors as one line. Heavy imports happen in the commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from segpipe import __version__
+from segpipe.errors import Interrupted, SegpipeError
+
+app = typer.Typer(
+    name="segpipe",
+    help="Batch segmentation of aerial archives: georeferenced masks and IoU/Dice reports as Parquet.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="INPUT...", help="Scenes: paths, globs, folders, prefixes, list files (.txt), catalogues."
+    ),
+]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="URI of the run folder.")]
+Labels = Annotated[
+    str | None,
+    typer.Option("--labels", help="Template of the labels: {stem}, {parent} and {scene_id} are filled in."),
+]
+Model = Annotated[str | None, typer.Option("--model", help="URI of a model.safetensors.")]
+Config = Annotated[str | None, typer.Option("--config", help="YAML config; flags override it.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set one config value; overrides all else.")
+]
+ExecutorFlag = Annotated[str | None, typer.Option("--executor", help="ray, or local: in this process.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="URI of a run folder.")]
+
+
+@app.command()
+def predict(
+    scenes: Inputs = None,
+    model: Model = None,
+    output: Output = None,
+    labels: Labels = None,
+    config: Config = None,
+    sets: Sets = None,
+    executor: ExecutorFlag = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Segment an archive of scenes into a dataset of georeferenced masks. The same command resumes."""
+    from segpipe.cli.jobs import run_command
+
+    flags = _flags(scenes, model=model, output=output, labels=labels, executor=executor)
+    raise typer.Exit(run_command("predict", config, flags, sets or [], dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
+def evaluate(
+    scenes: Inputs = None,
+    labels: Labels = None,
+    model: Model = None,
+    masks: Annotated[
+        str | None, typer.Option("--masks", help="Score the masks of this finished run.")
+    ] = None,
+    output: Output = None,
+    config: Config = None,
+    sets: Sets = None,
+    executor: ExecutorFlag = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Score a model, or a finished run's masks, against labels: IoU, Dice and more, as tables."""
+    from segpipe.cli.jobs import run_command
+
+    flags = _flags(scenes, model=model, output=output, labels=labels, executor=executor)
+    raise typer.Exit(
+        run_command("evaluate", config, flags, sets or [], masks=masks, dry_run=dry_run, as_json=as_json)
+    )
+
+
+@app.command()
+def verify(
+    run: Run,
+    full: Annotated[bool, typer.Option("--full", help="Decode every mask and count it again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove from storage alone that a run is whole, and print its coverage ledger."""
+    from segpipe.cli.runs import verify_command
+
+    raise typer.Exit(verify_command(run, full=full, as_json=as_json))
+
+
+@app.command()
+def report(run: Run, executor: ExecutorFlag = "local", as_json: Json = False) -> None:
+    """Make index and reports again from the mask objects, on an unfinished run too."""
+    from segpipe.cli.runs import report_command
+
+    raise typer.Exit(report_command(run, executor=executor or "local", as_json=as_json))
+
+
+@app.command()
+def export(
+    run: Run,
+    output: Annotated[str, typer.Option("--output", "-o", help="URI of the folder for the GeoTIFFs.")],
+    scenes: Annotated[
+        str | None, typer.Option("--scenes", help="Only scenes whose id matches this glob.")
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Export what is done of an unfinished run.")
+    ] = False,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Scenes written side by side.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Write a Cloud-Optimized GeoTIFF per scene, on the scene's own grid."""
+    from segpipe.cli.runs import export_command
+
+    raise typer.Exit(
+        export_command(run, output, scenes=scenes, partial=partial, workers=workers, as_json=as_json)
+    )
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the results.")] = "segpipe-demo",
+    executor: ExecutorFlag = None,
+) -> None:
+    """Segment, score, export and draw a small real archive that comes with the package."""
+    from segpipe.cli.demo import demo_command
+
+    raise typer.Exit(demo_command(output, executor=executor or "ray"))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the YAML config."""
+    import json
+
+    from segpipe.config.load import config_schema as schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"segpipe {__version__}")
+        raise typer.Exit
+
+
+def _flags(
+    scenes: list[str] | None,
+    *,
+    model: str | None,
+    output: str | None,
+    labels: str | None,
+    executor: str | None,
+) -> dict[str, Any]:
+    return {
+        "input.scenes": scenes or None,
+        "input.labels": labels,
+        "model": model,
+        "output": output,
+        "cluster.executor": executor,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
+    if os.environ.get("SEGPIPE_TRACEBACK"):
+        app(args=arguments)
+        return
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except SegpipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except _Terminated:
+        code = 143
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]
+        code = 141
+    except Exception as error:
+        code = _unexpected(error)
+    if code in (130, 143):
+        print("stopped; the same command goes on where this one stopped", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+class _Terminated(Interrupted):
+    exit_code = 143
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise _Terminated("asked to stop (SIGTERM)")
+
+
+def _unexpected(error: Exception) -> int:
+    """Usage errors of the parser print themselves and exit with 2; everything else is a bug."""
+    show = getattr(error, "show", None)
+    if show is not None:
+        show()
+        return int(getattr(error, "exit_code", 2))
+    import traceback
+
+    traceback.print_exception(error)
+    print(f"error: a bug in segpipe: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

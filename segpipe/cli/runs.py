@@ -1,0 +1,78 @@
+"""The commands about a run that is there: verify, report, export."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from segpipe.cli.progress import ProgressEvents
+
+
+def verify_command(run: str, *, full: bool, as_json: bool) -> int:
+    """Check a run and print its ledger; 0 whole, 3 units missing, 4 an object damaged."""
+    from rich.console import Console
+
+    from segpipe.masks.verify import verify_run
+    from segpipe.reports.ledger import render_ledger
+    from segpipe.storage import open_storage
+
+    verification = verify_run(open_storage(run), full=full)
+    if as_json:
+        print(json.dumps(verification.to_json()))
+    else:
+        render_ledger(verification, Console())
+    return verification.exit_code
+
+
+def report_command(run: str, *, executor: str, as_json: bool) -> int:
+    """Make index and reports again; 0 also on an unfinished run, which the tables then say."""
+    from rich.console import Console
+
+    from segpipe.config.model import ClusterConfig, SegpipeConfig
+    from segpipe.masks.run import require_run
+    from segpipe.pipelines.predict import missing_units, start_executor
+    from segpipe.pipelines.report import make_reports
+    from segpipe.reports.terminal import print_scores
+    from segpipe.storage import open_storage
+
+    storage = open_storage(run)
+    info = require_run(storage)
+    cluster = ClusterConfig.model_validate({"executor": executor})
+    workers = start_executor(SegpipeConfig(cluster=cluster))
+    try:
+        missing, total = missing_units(storage)
+        with ProgressEvents() as events:
+            summary = make_reports(storage, info, workers, events, complete=total > 0 and not missing)
+    finally:
+        workers.close()
+    if as_json:
+        print(json.dumps({"schema_version": 1, "run": run, "missing": len(missing), "summary": summary}))
+        return 0
+    if summary.get("scores"):
+        print_scores(summary, Console())
+    if missing:
+        print(f"the run is unfinished: {len(missing)} of {total} units are missing", file=sys.stderr)
+    print(f"report: {run}/reports/report.html")
+    return 0
+
+
+def export_command(
+    run: str, output: str, *, scenes: str | None, partial: bool, workers: int, as_json: bool
+) -> int:
+    """Write the GeoTIFFs; 5 when scenes were left out because they failed."""
+    from segpipe.pipelines.export import export_run
+
+    result = export_run(run, output, scenes_glob=scenes, partial=partial, workers=workers)
+    if as_json:
+        print(json.dumps(result.to_json()))
+        return result.exit_code
+    there = f", {result.existing} were there already" if result.existing else ""
+    print(f"{result.exported} GeoTIFFs written to {output}{there}")
+    for names, count, what in (
+        (result.failed, result.num_failed, "left out: failed"),
+        (result.unfinished, result.num_unfinished, "left out: not all of their blocks are done"),
+    ):
+        if count:
+            more = f" and {count - len(names)} more" if count > len(names) else ""
+            print(f"{count} scenes {what}: {', '.join(names)}{more}", file=sys.stderr)
+    return result.exit_code

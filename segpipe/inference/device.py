@@ -1,0 +1,59 @@
+"""What the hardware allows: device, number format and batch size. Answers depend on no timing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from segpipe.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+_CPU_BATCH: Final = 4
+_CUDA_BATCH: Final = 32
+
+
+def pick_device() -> str:
+    """Return "cuda:0" where CUDA works, else "cpu"."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_precision(device: str) -> Precision:
+    """Return the number format that ``auto`` stands for on ``device``.
+
+    GPUs: bf16 where they compute in it, else fp16. CPUs: always fp32, the format in which masks are equal
+    bit for bit; bf16 pays there only with bf16 units (it is several times slower without): ask for it.
+    """
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return False
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            flags = set(line.split())
+            return bool(flags & {"avx512_bf16", "amx_bf16"})
+    return False
+
+
+def default_batch_size(device: str, precision: str) -> int:
+    """Return the number of tiles in one forward pass that ``auto`` stands for."""
+    if precision not in DTYPES:
+        raise ConfigError(
+            f"unknown precision {precision!r}", "inference.precision", f"Use {', '.join(DTYPES)}."
+        )
+    return _CUDA_BATCH if torch.device(device).type == "cuda" else _CPU_BATCH

@@ -1,0 +1,91 @@
+"""A model made ready for inference: folded, in the right layout and number format, logits kept low."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from segpipe.errors import ConfigError
+from segpipe.inference.device import DTYPES
+
+_log = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class LowLogits(nn.Module):
+    """``model.forward_low`` as a forward, so that it can be traced; ``forward`` for models without it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_BNHW: Tensor) -> Tensor:
+        low = getattr(self.model, "forward_low", self.model)
+        return low(x_BNHW)
+
+
+def fold_batch_norms(module: nn.Module) -> nn.Module:
+    """Return a copy with batch norms folded into the convolutions before them.
+
+    A module that cannot be traced comes back as it is, with a warning in the log. It must be in eval mode;
+    the one given is not modified.
+    """
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        return fuse(copy.deepcopy(module))
+    except Exception as error:  # fx raises many types: what a model's code does while traced is open
+        _log.warning("batch norms are not folded: %s cannot be traced (%s)", type(module).__name__, error)
+        return module
+
+
+def prepare_network(model: nn.Module, *, device: str, precision: str, compile_network: bool) -> Forward:
+    """Return a function from float32 (B, N, H, W) to low-resolution logits (B, C, h, w) on ``device``.
+
+    The input is channels_last on the device; the caller holds ``torch.inference_mode``. With
+    ``compile_network`` torch.compile builds for the first shape that it meets; use `check_compiled` on the
+    first call.
+    """
+    dtype = DTYPES[precision]
+    network = fold_batch_norms(LowLogits(model).eval())
+    network = network.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    if compile_network:
+        network = _compiled(network)
+
+    def forward(x_BNHW: Tensor) -> Tensor:
+        return network(x_BNHW.to(dtype))
+
+    return forward
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    return torch.compile(network, dynamic=False)  # type: ignore[return-value]
+
+
+def first_call(forward: Forward, x_BNHW: Tensor, *, compile_network: bool) -> Tensor:
+    """Call ``forward`` once; where torch.compile cannot build, say what is missing.
+
+    Raises:
+        ConfigError: torch.compile failed, as it does without a C++ compiler.
+    """
+    if not compile_network:
+        return forward(x_BNHW)
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        return forward(x_BNHW)
+    except (TorchDynamoException, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"torch.compile failed: {reason}",
+            "inference.compile",
+            "Install a C++ compiler (Debian: `apt-get install g++`) or set inference.compile to false.",
+        ) from error

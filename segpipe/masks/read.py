@@ -1,0 +1,154 @@
+"""Reading of mask objects: counts as Arrow tables, masks by scene and window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segpipe.config.card import IGNORE
+from segpipe.errors import CheckError, ObjectMissing
+from segpipe.geometry.grid import Window
+from segpipe.masks.codec import decode_mask
+from segpipe.masks.run import plan_key, unit_key
+from segpipe.masks.schema import COUNT_COLUMNS, FAILED
+from segpipe.storage import Storage
+
+# Objects up to this size are fetched in one request instead of footer and columns apart.
+_WHOLE_OBJECT_BYTES = 4 * 2**20
+
+
+def open_parquet(storage: Storage, key: str, size_bytes: int | None = None) -> Any:
+    """Open a Parquet object (a ``pyarrow.parquet.ParquetFile``); CheckError when it is damaged."""
+    try:
+        path = storage.local_path(key)
+        if path is not None and path.exists():
+            return pq.ParquetFile(path)
+        if size_bytes is None:
+            info = storage.stat(key)
+            if info is None:
+                raise ObjectMissing("no such object", storage.uri(key))
+            size_bytes = info.size_bytes
+        if size_bytes <= _WHOLE_OBJECT_BYTES:
+            return pq.ParquetFile(pa.BufferReader(storage.read(key)))
+        return pq.ParquetFile(storage.open_range(key, size_bytes=size_bytes))
+    except pa.ArrowInvalid as error:
+        raise CheckError(f"the object is damaged ({_first_line(error)})", storage.uri(key)) from error
+
+
+def read_columns(storage: Storage, key: str, columns: Sequence[str], size_bytes: int | None = None) -> Any:
+    """Return an Arrow table of the columns that the object has; CheckError when it is damaged."""
+    file = open_parquet(storage, key, size_bytes)
+    present = [name for name in columns if name in file.schema_arrow.names]
+    try:
+        return file.read(columns=present, use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
+            if "Parquet" not in str(error) and "decompress" not in str(error).lower():
+                raise
+        raise CheckError(f"the object is damaged ({_first_line(error)})", storage.uri(key)) from error
+
+
+def read_counts(storage: Storage, part: int, unit: int, size_bytes: int | None = None) -> Any:
+    """Return the rows of one unit without their masks, as an Arrow table."""
+    return read_columns(storage, unit_key(part, unit), COUNT_COLUMNS, size_bytes)
+
+
+def iter_plan(storage: Storage, part: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """Iterate over the Arrow record batches of one plan part."""
+    file = open_parquet(storage, plan_key(part))
+    yield from file.iter_batches(
+        batch_size=2048, columns=list(columns) if columns else None, use_threads=False
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class SceneUnits:
+    """Where the rows of one scene lie: the units ``first_unit .. first_unit + units`` of ``part``."""
+
+    scene_id: str
+    part: int
+    first_unit: int
+    units: int
+
+
+class MaskReader:
+    """Reads masks of a run by scene and window, however the run's blocks were cut.
+
+    Keeps the rows of the last few units, so that windows read in order fetch each object once.
+    One thread at a time.
+    """
+
+    def __init__(self, storage: Storage, cached_units: int = 4) -> None:
+        self._storage = storage
+        self._rows = lru_cache(maxsize=cached_units)(self._load_unit)
+        self._mask = lru_cache(maxsize=cached_units)(self._decode)
+
+    def _load_unit(self, part: int, unit: int) -> dict[str, list[tuple[Window, str, int]]]:
+        columns = ("scene_id", "row_off", "col_off", "height", "width", "status")
+        table = read_columns(self._storage, unit_key(part, unit), columns)
+        found: dict[str, list[tuple[Window, str, int]]] = {}
+        for index, row in enumerate(table.to_pylist()):
+            window = Window(row["row_off"], row["col_off"], row["height"], row["width"])
+            found.setdefault(row["scene_id"], []).append((window, row["status"], index))
+        return found
+
+    def _decode(self, part: int, unit: int, index: int) -> Any:
+        key = unit_key(part, unit)
+        png = _read_row(open_parquet(self._storage, key), index, "mask")
+        return decode_mask(png)
+
+    def windows(self, scene: SceneUnits) -> list[tuple[Window, str]]:
+        """Return the windows and statuses of all stored blocks of a scene."""
+        units = range(scene.first_unit, scene.first_unit + scene.units)
+        return [
+            (window, status)
+            for unit in units
+            for window, status, _ in self._rows(scene.part, unit).get(scene.scene_id, [])
+        ]
+
+    def read(self, scene: SceneUnits, window: Window) -> tuple[Any, int]:
+        """Return (mask uint8 (height, width), pixels of ``window`` that no finished block covers).
+
+        Pixels of failed or missing blocks are 255 in the mask and counted in the second value.
+        """
+        mask = np.full((window.height, window.width), IGNORE, np.uint8)
+        missing_px = window.num_px
+        for unit in range(scene.first_unit, scene.first_unit + scene.units):
+            try:
+                blocks = self._rows(scene.part, unit).get(scene.scene_id, [])
+            except ObjectMissing:
+                continue
+            for block, status, index in blocks:
+                common = _intersection(block, window)
+                if common is None or status == FAILED:
+                    continue
+                missing_px -= common.num_px
+                mask[common.slices_in(window)] = self._mask(scene.part, unit, index)[common.slices_in(block)]
+        return mask, missing_px
+
+
+def _intersection(a: Window, b: Window) -> Window | None:
+    row_off, col_off = max(a.row_off, b.row_off), max(a.col_off, b.col_off)
+    height = min(a.row_stop, b.row_stop) - row_off
+    width = min(a.col_stop, b.col_stop) - col_off
+    return Window(row_off, col_off, height, width) if height > 0 and width > 0 else None
+
+
+def _read_row(file: Any, index: int, column: str) -> Any:
+    """Return one value by its row number, reading only its row group's column."""
+    for group in range(file.num_row_groups):
+        num_rows = file.metadata.row_group(group).num_rows
+        if index < num_rows:
+            return file.read_row_group(group, columns=[column], use_threads=False)[column][index].as_py()
+        index -= num_rows
+    raise IndexError(index)

@@ -1,0 +1,178 @@
+"""A run folder: the names of its objects, run.json, and which units are done."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from segpipe.config.card import ModelCard
+from segpipe.config.recipe import differences
+from segpipe.errors import InputError
+from segpipe.geometry.grid import Blend
+from segpipe.masks.schema import FORMAT
+from segpipe.storage import Storage
+
+RUN_KEY: Final = "run.json"
+SUCCESS_KEY: Final = "_SUCCESS"
+
+_PLAN_NAME = re.compile(r"^plan/part-(\d{5,})\.parquet$")
+_UNIT_NAME = re.compile(r"^masks/part-(\d{5,})/unit-(\d{7,})\.parquet$")
+
+
+def plan_key(part: int) -> str:
+    return f"plan/part-{part:05d}.parquet"
+
+
+def masks_prefix(part: int) -> str:
+    return f"masks/part-{part:05d}/"
+
+
+def unit_key(part: int, unit: int) -> str:
+    return f"{masks_prefix(part)}unit-{unit:07d}.parquet"
+
+
+def index_key(part: int) -> str:
+    return f"index/part-{part:05d}.parquet"
+
+
+def parse_unit_key(key: str) -> tuple[int, int] | None:
+    """Return (part, unit) of a mask object's name, None for any other name."""
+    match = _UNIT_NAME.match(key)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What ``auto`` became at the first start of a run; a later start adopts it."""
+
+    tile_px: int
+    margin_px: int
+    block_px: int
+    unit_px: int
+    blend: Blend
+    batch_size: int
+    threads_per_worker: int
+    precision: str
+    compile: bool
+    device: str
+    """Kind of device: cpu or cuda."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """The content of run.json: what was asked, and what it became."""
+
+    recipe: dict[str, Any]
+    recipe_key: str
+    facts: Facts
+    card: ModelCard
+    model_sha256: str
+    config: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    masks_uri: str | None = None
+    """evaluate --masks: the run whose masks are scored."""
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        tree = {
+            "format": self.format,
+            "recipe_key": self.recipe_key,
+            "recipe": self.recipe,
+            "facts": asdict(self.facts),
+            "model_sha256": self.model_sha256,
+            "masks_uri": self.masks_uri,
+            "card": self.card.model_dump(mode="json"),
+            "config": self.config,
+            "versions": self.versions,
+        }
+        return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> RunInfo:
+        try:
+            tree = json.loads(data)
+            if int(tree["format"]) > FORMAT:
+                raise InputError(
+                    f"the run has format {tree['format']}, this version of segpipe reads up to {FORMAT}",
+                    where,
+                    "Install a newer segpipe.",
+                )
+            return cls(
+                recipe=tree["recipe"],
+                recipe_key=tree["recipe_key"],
+                facts=Facts(**tree["facts"]),
+                card=ModelCard.model_validate(tree["card"]),
+                model_sha256=tree["model_sha256"],
+                config=tree["config"],
+                versions=tree["versions"],
+                masks_uri=tree["masks_uri"],
+                format=int(tree["format"]),
+            )
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"run.json cannot be read ({error})", where, "Is this the folder of a run?"
+            ) from error
+
+
+def read_run(storage: Storage) -> RunInfo | None:
+    """Return the run's info, or None where no run was started."""
+    if storage.stat(RUN_KEY) is None:
+        return None
+    return RunInfo.from_json(storage.read(RUN_KEY), storage.uri(RUN_KEY))
+
+
+def require_run(storage: Storage) -> RunInfo:
+    """Return the run's info; InputError where the folder holds no run."""
+    info = read_run(storage)
+    if info is None:
+        raise InputError(
+            "no run.json here, so this is not a run", storage.root, "Give the --output of a run."
+        )
+    return info
+
+
+def adopt_or_create(storage: Storage, info: RunInfo) -> RunInfo:
+    """Put run.json create-only, or adopt the one that is there when it has the same recipe key."""
+    existing = read_run(storage)
+    if existing is None:
+        if storage.put_if_absent(RUN_KEY, info.to_json()):
+            return info
+        existing = require_run(storage)
+    if existing.recipe_key != info.recipe_key:
+        changes = "; ".join(differences(existing.recipe, info.recipe)[:5])
+        raise InputError(
+            f"the output holds a run made by another recipe ({changes})",
+            storage.root,
+            "Choose another --output, or ask for what that run was asked for.",
+        )
+    return existing
+
+
+def list_parts(storage: Storage) -> list[int]:
+    """Return the numbers of all planned parts, in order."""
+    parts = []
+    for page in storage.list("plan/"):
+        parts += [int(match[1]) for info in page if (match := _PLAN_NAME.match(info.key))]
+    return sorted(parts)
+
+
+def list_units(storage: Storage, part: int) -> Iterator[list[tuple[int, int]]]:
+    """Iterate over pages of (unit, object size in bytes) of all mask objects of a part."""
+    for page in storage.list(masks_prefix(part)):
+        found = [(parse_unit_key(info.key), info.size_bytes) for info in page]
+        yield [(name[1], size) for name, size in found if name is not None and name[0] == part]
+
+
+def done_units(storage: Storage, part: int, num_units: int) -> bytearray:
+    """Return one byte a unit of the part: 1 where its object is there."""
+    done = bytearray(num_units)
+    for page in list_units(storage, part):
+        for unit, _ in page:
+            if unit < num_units:
+                done[unit] = 1
+    return done

@@ -1,0 +1,249 @@
+"""The Ray executor: units as a Ray Data pipeline over a fixed pool of workers, Ray tasks for the rest."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
+
+from segpipe.config.card import ModelCard
+from segpipe.config.model import SegpipeConfig
+from segpipe.errors import InputError
+from segpipe.masks.plan import PlanScene
+from segpipe.pipelines.local import HEADER_THREADS, Unit, map_threads
+from segpipe.pipelines.plan import inspect_source
+from segpipe.pipelines.resources import Hardware, Pool, this_machine
+from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
+from segpipe.rasters.scene import SceneSource
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+_SOURCES_PER_TASK = 250
+_MAX_RESTARTS = 20
+_DEATHS_ALONE = 2
+_OBJECT_STORE_BYTES = 100 * 2**20
+_log = logging.getLogger(__name__)
+
+
+class RayExecutor:
+    """Runs on a Ray cluster, or on a Ray that it starts in-process on loopback and stops again."""
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        _start_ray(self._address)
+        self.hardware = _cluster_hardware() if self._address else this_machine()
+
+    def inspect(
+        self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
+    ) -> Iterator[PlanScene]:
+        if len(sources) <= _SOURCES_PER_TASK:
+            yield from map_threads(
+                lambda source: inspect_source(source, config, card), sources, HEADER_THREADS
+            )
+            return
+        chunks = [sources[i : i + _SOURCES_PER_TASK] for i in range(0, len(sources), _SOURCES_PER_TASK)]
+
+        def inspect_chunk(chunk: Sequence[SceneSource]) -> list[PlanScene]:
+            return list(
+                map_threads(lambda source: inspect_source(source, config, card), chunk, HEADER_THREADS)
+            )
+
+        for scenes in self._map_tasks(inspect_chunk, chunks):
+            yield from scenes
+
+    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
+        import ray.data
+
+        if not tasks:
+            return
+        _configure_data(ray.data.DataContext.get_current())
+        tables = [_unit_table(task) for task in tasks]
+        results = ray.data.from_arrow(tables).map_batches(
+            PoolWorker,
+            fn_constructor_args=(setup,),
+            compute=ray.data.ActorPoolStrategy(
+                size=pool.workers,
+                max_concurrent_calls_per_actor=2,
+                max_tasks_in_flight_per_actor=4,
+                enable_true_multi_threading=True,
+            ),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=pool.cpus_per_worker,
+            num_gpus=pool.gpus_per_worker or None,
+            max_restarts=_MAX_RESTARTS,
+            max_task_retries=1,
+        )
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                yield UnitResult(**row)
+
+    def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
+        actor = ray.remote(IsolatedWorker).options(
+            num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker or None, max_restarts=0
+        )
+        waiting = deque((unit, 0) for unit in units)
+        idle: list[Any] = []
+        running: dict[Any, tuple[Any, Unit, int]] = {}
+        while waiting or running:
+            while waiting and len(running) < pool.workers:
+                unit, deaths = waiting.popleft()
+                worker = idle.pop() if idle else actor.remote(setup)
+                if deaths >= _DEATHS_ALONE:
+                    call = worker.write_failed.remote(*unit)
+                else:
+                    call = worker.run.remote(*unit)
+                running[call] = (worker, unit, deaths)
+            ended, _ = ray.wait(list(running), num_returns=1)
+            worker, unit, deaths = running.pop(ended[0])
+            try:
+                yield ray.get(ended[0])
+                idle.append(worker)
+            except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
+                if _is_own_fault(error):
+                    waiting.append((unit, deaths + 1))
+                else:
+                    yield UnitResult(*unit, "deferred", error="its worker's node was lost or short of memory")
+            except RayError as error:
+                yield UnitResult(*unit, "deferred", error=str(error).splitlines()[0], bug=True)
+        for worker in idle:
+            ray.kill(worker)
+
+    def map_ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        return self._map_tasks(function, items)
+
+    def _map_tasks(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        task = ray.remote(num_cpus=1, max_retries=3)(function)
+        limit = 2 * max(1, self.hardware.cpus)
+        waiting: deque[Any] = deque()
+        for item in items:
+            waiting.append(task.remote(item))
+            if len(waiting) >= limit:
+                yield ray.get(waiting.popleft())
+        while waiting:
+            yield ray.get(waiting.popleft())
+
+    def close(self) -> None:
+        ray.shutdown()
+
+
+class PoolWorker:
+    """A worker as Ray Data sees it: a batch of unit names in, a row a unit out."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._worker = Worker(setup)
+
+    def __call__(self, batch: Any) -> Iterator[Any]:
+        units = zip(batch["part"].to_pylist(), batch["unit"].to_pylist(), strict=True)
+        for result in self._worker.run_units(units):
+            yield pa.Table.from_pylist([asdict(result)], schema=_RESULT_SCHEMA)
+
+
+class IsolatedWorker:
+    """A worker that computes one unit a call, so that its death names the unit."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._worker = Worker(setup)
+
+    def run(self, part: int, unit: int) -> UnitResult:
+        return next(iter(self._worker.run_units([(part, unit)])))
+
+    def write_failed(self, part: int, unit: int) -> UnitResult:
+        return self._worker.write_failed(
+            part, unit, "kills_worker", f"the unit ended its worker {_DEATHS_ALONE} times, alone"
+        )
+
+
+_ARROW_TYPES = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()}
+_RESULT_SCHEMA = pa.schema([(item.name, _ARROW_TYPES[str(item.type)]) for item in fields(UnitResult)])
+
+
+def _unit_table(task: Sequence[Unit]) -> Any:
+    parts, units = zip(*task, strict=True)
+    return pa.table({"part": pa.array(parts, pa.int32()), "unit": pa.array(units, pa.int32())})
+
+
+def _configure_data(context: Any) -> None:
+    context.enable_progress_bars = False
+    # A task whose worker died for good is dropped here; its units are missing, and so are run again alone.
+    context.max_errored_blocks = -1
+    context.print_on_execution_start = False
+
+
+def _start_ray(address: str | None) -> None:
+    """Join the cluster at ``address``, or start Ray on loopback with a token that is only in memory."""
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    handlers = _main_thread_handlers()
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                num_cpus=len(os.sched_getaffinity(0)),
+                _node_ip_address="127.0.0.1",
+            )
+    except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"Ray cannot be reached ({str(error).splitlines()[0]})",
+            address or "a local Ray",
+            "Check cluster.address and RAY_ADDRESS, or use --set cluster.executor=local.",
+        ) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _main_thread_handlers() -> dict[signal.Signals, Any]:
+    """Return the signal handlers that ray.init would replace by its own."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+def _cluster_hardware() -> Hardware:
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [int(node.get("CPU", 0)) for node in resources if node.get("CPU", 0) >= 1]
+    gpus = int(sum(node.get("GPU", 0) for node in resources))
+    precision = "bf16"
+    if gpus:
+        precision = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_precision_of_gpu).remote())
+    return Hardware(
+        nodes=max(1, len(cpus)),
+        cpus=sum(cpus),
+        gpus=gpus,
+        gpu_precision=precision,
+        cpus_per_node=min(cpus, default=1),
+    )
+
+
+def _precision_of_gpu() -> str:
+    from segpipe.inference.device import resolve_precision
+
+    return resolve_precision("cuda:0")
+
+
+def _is_own_fault(error: BaseException) -> bool:
+    """Whether a worker died of its own, not with its node and not killed for memory."""
+    text = str(error).lower()
+    return not any(sign in text for sign in ("memory", "node died", "node was", "preempt", "unavailable"))

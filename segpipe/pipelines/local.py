@@ -1,0 +1,92 @@
+"""The local executor: the same worker in this process, headers and reports by threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from segpipe.config.card import ModelCard
+from segpipe.config.model import SegpipeConfig
+from segpipe.masks.plan import PlanScene
+from segpipe.pipelines.plan import inspect_source
+from segpipe.pipelines.resources import Hardware, Pool, this_machine
+from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
+from segpipe.rasters.scene import SceneSource
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+Unit = tuple[int, int]
+
+HEADER_THREADS = 8
+_TABLE_THREADS = 4
+
+
+class Executor(Protocol):
+    """Where work is done. All iterators are consumed in the driver's thread."""
+
+    hardware: Hardware
+
+    def inspect(
+        self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
+    ) -> Iterable[PlanScene]:
+        """Read headers, in the order given."""
+
+    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
+        """Compute units; results come as they end. A unit whose worker died has no result."""
+
+    def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
+        """Compute units one a call, alone in a worker; one that ends its worker twice is written as failed."""
+
+    def map_ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        """Apply a pure function to items, side by side, results in order, few of them held."""
+
+    def close(self) -> None:
+        """Stop all workers; nothing half-written stays behind."""
+
+
+class LocalExecutor:
+    """One worker in this process. A unit that ends the worker ends the command: use Ray to survive it."""
+
+    def __init__(self) -> None:
+        self.hardware = this_machine()
+        self._worker: Worker | None = None
+
+    def inspect(
+        self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
+    ) -> Iterator[PlanScene]:
+        return map_threads(lambda source: inspect_source(source, config, card), sources, HEADER_THREADS)
+
+    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
+        if not tasks:
+            return
+        self._worker = Worker(setup)
+        yield from self._worker.run_units(unit for task in tasks for unit in task)
+
+    def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
+        return iter(())
+
+    def map_ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        return map_threads(function, items, _TABLE_THREADS)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+
+def map_threads(
+    function: Callable[[Item], Value], items: Iterable[Item], num_threads: int
+) -> Iterator[Value]:
+    """``map`` by threads, in order, with at most four results a thread waiting."""
+    waiting: deque[Future[Value]] = deque()
+    pool = ThreadPoolExecutor(num_threads, "segpipe-map")
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 4 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

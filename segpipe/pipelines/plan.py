@@ -1,0 +1,186 @@
+"""Scenes to plan parts: headers are read, units packed, parts put create-only as they are ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from segpipe.config.card import ModelCard
+from segpipe.config.model import SegpipeConfig
+from segpipe.errors import SceneError
+from segpipe.geometry.units import UnitPacker
+from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_part
+from segpipe.masks.read import SceneUnits, iter_plan, open_parquet
+from segpipe.masks.run import Facts, list_parts, plan_key
+from segpipe.pipelines.events import Events
+from segpipe.rasters.catalogue import SceneList
+from segpipe.rasters.header import inspect_scene
+from segpipe.rasters.scene import SceneSource
+from segpipe.storage import Storage
+
+Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]
+FindMasks = Callable[[Sequence[str]], dict[str, SceneUnits]]
+
+MAX_DOWNSAMPLE: Final = 16
+COARSE_FACTOR: Final = 1.5
+"""A scene whose pixels are this much coarser than the model's is named: scores suffer there."""
+
+
+def inspect_source(source: SceneSource, config: SegpipeConfig, card: ModelCard) -> PlanScene:
+    """Read one scene's header; a fault of the scene becomes a planned failure."""
+    try:
+        header = inspect_scene(source, len(card.bands), config.input)
+    except SceneError as error:
+        return PlanScene(source, None, error_kind=error.kind, error=str(error))
+    asked = config.inference.downsample
+    factor = choose_downsample(card.pixel_m, header.pixel_m) if asked == "auto" else asked
+    return PlanScene(source, header, factor, is_coarser(card.pixel_m, header.pixel_m))
+
+
+def choose_downsample(model_pixel_m: float | None, scene_pixel_m: float | None) -> int:
+    """Return the whole number nearest to model / scene pixel size, 1 to 16; 1 where either is unknown."""
+    if model_pixel_m is None or scene_pixel_m is None:
+        return 1
+    return min(MAX_DOWNSAMPLE, max(1, int(model_pixel_m / scene_pixel_m + 0.5)))
+
+
+def is_coarser(model_pixel_m: float | None, scene_pixel_m: float | None) -> bool | None:
+    """Return whether the scene's pixels are too coarse for the model; None where either is unknown."""
+    if model_pixel_m is None or scene_pixel_m is None:
+        return None
+    return scene_pixel_m > COARSE_FACTOR * model_pixel_m
+
+
+@dataclass(slots=True)
+class PlanTotals:
+    """What a plan amounts to; the numbers of ``--dry-run``."""
+
+    scenes: int = 0
+    failed: int = 0
+    failed_kinds: dict[str, int] = field(default_factory=dict)
+    units: int = 0
+    blocks: int = 0
+    tiles: int = 0
+    scene_px: int = 0
+    area_m2: float = 0.0
+    source_bytes: int = 0
+    coarser: list[str] = field(default_factory=list)
+    num_coarser: int = 0
+    validity: dict[str, int] = field(default_factory=dict)
+    extra_bands: list[str] = field(default_factory=list)
+    num_extra_bands: int = 0
+
+    def add(self, scene: PlanScene, facts: Facts) -> None:
+        self.scenes += 1
+        self.source_bytes += scene.source.length or scene.source.version.size_bytes
+        header, grid = scene.header, scene.grid(facts)
+        if header is None or grid is None:
+            self.failed += 1
+            kind = scene.error_kind or "header"
+            self.failed_kinds[kind] = self.failed_kinds.get(kind, 0) + 1
+            self.blocks += 1
+            return
+        self.blocks += grid.num_blocks
+        self.tiles += grid.num_tiles
+        self.scene_px += header.height * header.width
+        if header.pixel_m is not None:
+            self.area_m2 += header.height * header.width * header.pixel_m**2
+        self.validity[header.valid_source] = self.validity.get(header.valid_source, 0) + 1
+        if scene.coarser_than_model:
+            self.num_coarser += 1
+            self.coarser = [*self.coarser, scene.source.scene_id][:5]
+        if header.num_bands > len(header.bands) + (header.valid_source == "alpha"):
+            self.num_extra_bands += 1
+            self.extra_bands = [*self.extra_bands, scene.source.scene_id][:5]
+
+
+def plan_part(scenes: Iterable[PlanScene], facts: Facts, totals: PlanTotals) -> list[PlanScene]:
+    """Pack the scenes of one part into units."""
+    packer = UnitPacker(facts.unit_px, facts.tile_px)
+    planned = []
+    for scene in scenes:
+        span = packer.add(block_sizes_px(scene.grid(facts)))
+        planned.append(replace(scene, first_unit=span.first_unit, units=span.num_units))
+        totals.add(scene, facts)
+    totals.units += packer.num_units
+    return planned
+
+
+def make_plan(
+    storage: Storage,
+    scenes: SceneList,
+    facts: Facts,
+    inspect: Inspect,
+    events: Events,
+    find_masks: FindMasks | None = None,
+) -> PlanTotals:
+    """Plan all scenes that the run does not have yet, as new parts, and return what was added.
+
+    Two drivers may plan at once: a part is put create-only, and the one that comes second forgets the
+    scenes that the first has planned and goes on behind it.
+    """
+    totals = PlanTotals()
+    known_parts = 0
+    while True:
+        parts = list_parts(storage)
+        scenes.forget_known(known_scenes(storage, parts[known_parts:]))
+        known_parts = len(parts)
+        if _plan_pages(
+            storage, scenes, facts, inspect, events, parts[-1] + 1 if parts else 0, totals, find_masks
+        ):
+            return totals
+        totals = PlanTotals()
+
+
+def _plan_pages(
+    storage: Storage,
+    scenes: SceneList,
+    facts: Facts,
+    inspect: Inspect,
+    events: Events,
+    part: int,
+    totals: PlanTotals,
+    find_masks: FindMasks | None,
+) -> bool:
+    """Put one part a page; False as soon as another driver was first with another content."""
+    done, total = 0, len(scenes)
+    for page in scenes.pages(PART_SCENES):
+        replaced = {source.scene_id: old for source, old in page if old is not None}
+        masks = find_masks([source.scene_id for source, _ in page]) if find_masks is not None else {}
+        inspected = []
+        for scene in inspect([source for source, _ in page]):
+            scene_id = scene.source.scene_id
+            planned = replace(scene, replaces_part=replaced.get(scene_id), masks=masks.get(scene_id))
+            inspected.append(planned)
+            done += 1
+            if done % 100 == 0 or done == total:
+                events.planned(done, total)
+        data = encode_part(plan_part(inspected, facts, totals))
+        if not storage.put_if_absent(plan_key(part), data) and storage.read(plan_key(part)) != data:
+            return False
+        part += 1
+    return True
+
+
+def known_scenes(storage: Storage, parts: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+    """Iterate over (scene_id, version, part) of all planned scenes, in plan order."""
+    for part in parts:
+        for batch in iter_plan(storage, part, ("scene_id", "version")):
+            columns = batch.to_pydict()
+            for scene_id, version in zip(columns["scene_id"], columns["version"], strict=True):
+                yield scene_id, version, part
+
+
+def superseded_scenes(storage: Storage, parts: Sequence[int]) -> dict[str, int]:
+    """Return scene_id -> newest part of all scenes that a later part replaced."""
+    newest: dict[str, int] = {}
+    for part in parts:
+        if "replaces_part" not in open_parquet(storage, plan_key(part)).schema_arrow.names:
+            continue
+        for batch in iter_plan(storage, part, ("scene_id", "replaces_part")):
+            columns = batch.to_pydict()
+            for scene_id, old in zip(columns["scene_id"], columns["replaces_part"], strict=True):
+                if old is not None:
+                    newest[scene_id] = part
+    return newest

@@ -1,0 +1,305 @@
+"""The driver of ``segpipe predict`` and ``segpipe evaluate``: plan, run what is missing, report.
+
+The driver holds names and counts, never pixels. Everything it knows it reads from the run folder, so the
+same command goes on after any interruption.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from segpipe.config.card import ModelCard
+from segpipe.config.model import SegpipeConfig, as_tree
+from segpipe.config.recipe import masks_recipe, recipe, recipe_key
+from segpipe.errors import ConfigError, StorageError
+from segpipe.masks.plan import PART_SCENES, part_num_units
+from segpipe.masks.read import SceneUnits, iter_plan
+from segpipe.masks.run import (
+    Facts,
+    RunInfo,
+    adopt_or_create,
+    done_units,
+    list_parts,
+    read_run,
+    require_run,
+)
+from segpipe.models.header import model_sha256, read_card
+from segpipe.pipelines.events import Events
+from segpipe.pipelines.local import Executor, LocalExecutor, Unit
+from segpipe.pipelines.plan import FindMasks, Inspect, PlanTotals, known_scenes, make_plan, plan_part
+from segpipe.pipelines.report import make_reports
+from segpipe.pipelines.resources import Hardware, Pool, check_facts, plan_pool, resolve_facts, units_per_task
+from segpipe.pipelines.worker import WorkerSetup
+from segpipe.rasters.catalogue import SceneList, list_scenes
+from segpipe.storage import Storage, open_storage
+
+_PACKAGES = ("segpipe", "torch", "torchvision", "ray", "pyarrow", "rasterio", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What was asked, checked and read, before anything is started or written."""
+
+    config: SegpipeConfig
+    card: ModelCard
+    model_sha256: str
+    recipe: dict[str, Any]
+    masks: RunInfo | None = None
+    """evaluate --masks: the run whose masks are scored."""
+    masks_uri: str | None = None
+
+    @property
+    def output(self) -> str:
+        assert self.config.output is not None
+        return self.config.output
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended."""
+
+    uri: str
+    units: int = 0
+    missing: int = 0
+    computed: int = 0
+    failed_scenes: int = 0
+    scenes: int = 0
+    max_fraction: float = 0.0
+    summary: dict[str, Any] = field(default_factory=dict)
+    deferred: list[str] = field(default_factory=list)
+    """Why units were not committed: the first few reasons."""
+    bug: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        if self.bug:
+            return 1
+        if self.missing:
+            return 3
+        return 5 if self.failed_scenes > self.max_fraction * self.scenes else 0
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do."""
+
+    totals: PlanTotals
+    known_scenes: int
+    facts: Facts
+    pool: Pool
+    hardware: Hardware
+
+
+def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
+    """Read the model card (or the run whose masks are scored) and make the recipe. Raises InputError."""
+    if config.output is None:
+        raise ConfigError("no output", "output", "Give --output URI.")
+    if masks_uri is not None:
+        if config.model is not None:
+            raise ConfigError("--model and --masks exclude each other", "model", "Give one of them.")
+        masks = require_run(open_storage(masks_uri))
+        asked = masks_recipe(masks.recipe_key, config.input.label_map)
+        return Job(config, masks.card, masks.model_sha256, asked, masks, masks_uri)
+    if not config.input.scenes:
+        raise ConfigError("no input", "input.scenes", "Name scenes, folders, globs or a catalogue.")
+    if config.model is None:
+        raise ConfigError("no model", "model", "Give --model URI of a model.safetensors.")
+    card = read_card(config.model)
+    sha256 = model_sha256(config.model)
+    return Job(config, card, sha256, recipe(config, card, sha256))
+
+
+def start_executor(config: SegpipeConfig) -> Executor:
+    """Start the executor that the config names."""
+    if config.cluster.executor == "local":
+        return LocalExecutor()
+    from segpipe.pipelines.cluster import RayExecutor
+
+    return RayExecutor(config.cluster.address)
+
+
+def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
+    """Make the run whole: plan what is new, compute what is missing, write index, reports and _SUCCESS.
+
+    Raises InputError before anything is written, StorageError when storage refuses later on.
+    """
+    storage = open_storage(job.output)
+    with _scenes(job, need_labels) as scenes:
+        executor = start_executor(job.config)
+        try:
+            facts, pool, hardware = _resolve(job, storage, executor.hardware)
+            info = adopt_or_create(storage, _run_info(job, facts))
+            check_facts(info.facts, job.config, hardware, storage.root)
+            totals = make_plan(
+                storage, scenes, info.facts, _inspector(job, executor, info), events, _mask_finder(job)
+            )
+            _announce(totals, scenes, events)
+            return _complete(job, storage, info, pool, executor, events)
+        finally:
+            executor.close()
+
+
+def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
+    """Plan in memory and write nothing. Headers are read here, without starting Ray unless it is asked for."""
+    storage = open_storage(job.output)
+    executor = start_executor(job.config) if job.config.cluster.address else LocalExecutor()
+    totals = PlanTotals()
+    try:
+        with _scenes(job, need_labels) as scenes:
+            facts, pool, hardware = _resolve(job, storage, executor.hardware)
+            info = read_run(storage) or _run_info(job, facts)
+            scenes.forget_known(known_scenes(storage, list_parts(storage)))
+            inspect = _inspector(job, executor, info)
+            done, total = 0, len(scenes)
+            for page in scenes.pages(PART_SCENES):
+                plan_part(inspect([source for source, _ in page]), info.facts, totals)
+                done += len(page)
+                events.planned(done, total)
+            return DryRun(totals, scenes.num_known, info.facts, pool, hardware)
+    finally:
+        executor.close()
+
+
+def _scenes(job: Job, need_labels: bool) -> SceneList:
+    return list_scenes(job.config.input, job.output, need_labels=need_labels)
+
+
+def _resolve(job: Job, storage: Storage, hardware: Hardware) -> tuple[Facts, Pool, Hardware]:
+    if job.masks is not None:
+        hardware = Hardware(hardware.nodes, hardware.cpus, 0, cpus_per_node=hardware.cpus_per_node)
+        return job.masks.facts, plan_pool(hardware, job.config), hardware
+    existing = read_run(storage)
+    pool = plan_pool(hardware, job.config)
+    facts = resolve_facts(job.config, job.card, hardware, pool)
+    return (existing.facts if existing else facts), pool, hardware
+
+
+def _run_info(job: Job, facts: Facts) -> RunInfo:
+    return RunInfo(
+        recipe=job.recipe,
+        recipe_key=recipe_key(job.recipe),
+        facts=facts,
+        card=job.card,
+        model_sha256=job.model_sha256,
+        config=as_tree(job.config),
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
+        masks_uri=job.masks_uri,
+    )
+
+
+def _inspector(job: Job, executor: Executor, info: RunInfo) -> Inspect:
+    return lambda sources: executor.inspect(sources, job.config, info.card)
+
+
+def _mask_finder(job: Job) -> FindMasks | None:
+    """Return a look-up of where scenes' masks lie in the run that is scored (in their newest part).
+
+    The other run's plan is scanned once a page of scenes, so that no map of all scenes is held.
+    """
+    if job.masks_uri is None:
+        return None
+    storage = open_storage(job.masks_uri)
+    parts = list_parts(storage)
+
+    def find(scene_ids: Sequence[str]) -> dict[str, SceneUnits]:
+        wanted = pa.array(scene_ids, pa.string())
+        found: dict[str, SceneUnits] = {}
+        for part in parts:
+            for batch in iter_plan(storage, part, ("scene_id", "first_unit", "units")):
+                for row in batch.filter(pc.is_in(batch["scene_id"], wanted)).to_pylist():
+                    place = SceneUnits(row["scene_id"], part, row["first_unit"], row["units"])
+                    found[place.scene_id] = place
+        return found
+
+    return find
+
+
+def _announce(totals: PlanTotals, scenes: SceneList, events: Events) -> None:
+    if scenes.num_known:
+        events.message(f"{scenes.num_known} scenes are planned already, {totals.scenes} are new or changed")
+    for count, names, what in (
+        (totals.num_coarser, totals.coarser, "have pixels more than 1.5 x coarser than the model's"),
+        (
+            totals.num_extra_bands,
+            totals.extra_bands,
+            "have more bands than the model takes; the first are used",
+        ),
+    ):
+        if count:
+            more = f" and {count - len(names)} more" if count > len(names) else ""
+            events.warning(f"{count} scenes {what}: {', '.join(names)}{more}")
+
+
+def _complete(
+    job: Job, storage: Storage, info: RunInfo, pool: Pool, executor: Executor, events: Events
+) -> Outcome:
+    outcome = Outcome(job.output, max_fraction=job.config.failures.max_fraction)
+    setup = WorkerSetup(job.output, info, job.config.input, job.config.model)
+    missing, outcome.units = missing_units(storage)
+    events.started(outcome.units, len(missing))
+    size = units_per_task(len(missing), _mean_unit_px(storage, info), pool.workers)
+    tasks = [missing[i : i + size] for i in range(0, len(missing), size)]
+    deferred = _consume(executor.run(setup, pool, tasks), outcome, events)
+    lost = [unit for unit in missing_units(storage)[0] if unit not in deferred]
+    if lost:
+        events.warning(f"{len(lost)} units ended with their worker; they run again, each alone")
+        _consume(executor.isolate(setup, pool, lost), outcome, events)
+    outcome.missing = len(missing_units(storage)[0])
+    outcome.summary = make_reports(storage, info, executor, events, complete=outcome.missing == 0)
+    outcome.scenes = outcome.summary["scenes"]["all"]
+    outcome.failed_scenes = outcome.summary["scenes"]["failed"] + outcome.summary["scenes"]["partial"]
+    return outcome
+
+
+def _consume(results: Iterator[Any], outcome: Outcome, events: Events) -> set[Unit]:
+    """Count results; a fault that would stop every unit ends the run here."""
+    deferred: set[Unit] = set()
+    for result in results:
+        events.unit(result)
+        if result.status == "done":
+            outcome.computed += not result.skipped
+            continue
+        deferred.add((result.part, result.unit))
+        outcome.bug = outcome.bug or result.bug
+        if result.error not in outcome.deferred and len(outcome.deferred) < 5:
+            outcome.deferred.append(result.error)
+        if result.fatal:
+            raise StorageError(
+                result.error,
+                outcome.uri,
+                "Repair the storage; the same command goes on where this one stopped.",
+            )
+    return deferred
+
+
+def missing_units(storage: Storage) -> tuple[list[Unit], int]:
+    """Return the planned units without an object, and how many units are planned."""
+    missing: list[Unit] = []
+    total = 0
+    for part in list_parts(storage):
+        num_units = part_num_units(storage, part)
+        done = done_units(storage, part, num_units)
+        missing += [(part, unit) for unit in range(num_units) if not done[unit]]
+        total += num_units
+    return missing, total
+
+
+def _mean_unit_px(storage: Storage, info: RunInfo) -> float:
+    """Return the mean scene pixels of a unit in the newest part: all parts are cut by the same rule."""
+    parts = list_parts(storage)
+    if not parts:
+        return float(info.facts.unit_px)
+    scene_px = units = 0
+    for batch in iter_plan(storage, parts[-1], ("height", "width", "first_unit", "units")):
+        for row in batch.to_pylist():
+            scene_px += (row["height"] or 0) * (row["width"] or 0)
+            units = row["first_unit"] + row["units"]
+    return scene_px / max(1, units)

@@ -1,0 +1,185 @@
+"""Index, score tables and the report page, made again from the mask objects alone, in plan order.
+
+Tasks read column projections of unit ranges and join the plan's scene facts; the driver merges their
+tables as they come, so it holds a few ranges and no more, whatever the number of scenes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from segpipe.masks.plan import load_part, part_num_units
+from segpipe.masks.read import iter_plan, read_counts
+from segpipe.masks.run import SUCCESS_KEY, RunInfo, index_key, list_parts, list_units, unit_key
+from segpipe.masks.schema import INDEX_FIELDS
+from segpipe.pipelines.events import Events
+from segpipe.pipelines.local import Executor
+from segpipe.pipelines.plan import superseded_scenes
+from segpipe.reports.html import render_html
+from segpipe.reports.tables import ReportBuilder, Reports, parquet_bytes, summary_json
+from segpipe.reports.totals import Planned
+from segpipe.storage import Storage, open_storage
+
+_UNITS_PER_RANGE: Final = 64
+_SCENE_COLUMNS: Final = ("downsample", "pixel_m", "coarser_than_model")
+_INDEX_SCHEMA: Final = pa.schema(INDEX_FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRange:
+    """A few units of one part, with the sizes of their objects, that one task reads."""
+
+    run_uri: str
+    part: int
+    units: tuple[tuple[int, int], ...]
+    """(unit, object size in bytes)."""
+
+
+@dataclass(slots=True)
+class Success:
+    """The content of _SUCCESS."""
+
+    parts: int = 0
+    units: int = 0
+    rows: int = 0
+    pixels: int = 0
+    bytes: int = 0
+
+
+def make_reports(
+    storage: Storage, info: RunInfo, executor: Executor, events: Events, *, complete: bool
+) -> dict[str, Any]:
+    """Write index and reports of what is there, _SUCCESS when ``complete``, and return the summary.
+
+    Raises CheckError, naming the object, where one is damaged.
+    """
+    parts = list_parts(storage)
+    newest = superseded_scenes(storage, parts)
+    success = Success(parts=len(parts))
+    with tempfile.TemporaryFile() as scenes_file, tempfile.TemporaryFile() as failures_file:
+        builder = ReportBuilder(info.card.classes, scenes_file, failures_file)
+        for part in parts:
+            _report_part(storage, part, newest, builder, success, executor, events)
+        planned = None if complete else _planned(storage, info, parts, newest)
+        reports = builder.close(_about(info), planned)
+        _put_reports(storage, info, reports, _content(scenes_file), _content(failures_file))
+    if complete:
+        storage.put(SUCCESS_KEY, (json.dumps(asdict(success), indent=2) + "\n").encode())
+    return reports.summary
+
+
+def _report_part(
+    storage: Storage,
+    part: int,
+    newest: dict[str, int],
+    builder: ReportBuilder,
+    success: Success,
+    executor: Executor,
+    events: Events,
+) -> None:
+    ranges = list(unit_ranges(storage, part))
+    replaced = pa.array([name for name, newest_part in newest.items() if newest_part > part], pa.string())
+    index = io.BytesIO()
+    done = 0
+    with pq.ParquetWriter(index, _INDEX_SCHEMA, compression="zstd") as writer:
+        for item, rows in zip(ranges, executor.map_ordered(read_range, ranges), strict=True):
+            writer.write_table(rows.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA))
+            builder.add(_current(rows, replaced))
+            success.rows += rows.num_rows
+            success.pixels += pc.sum(pc.multiply(rows["height"].cast(pa.int64()), rows["width"])).as_py() or 0
+            success.units += len(item.units)
+            success.bytes += sum(size for _, size in item.units)
+            done += len(item.units)
+            events.reporting(done, sum(len(entry.units) for entry in ranges))
+    storage.put(index_key(part), index.getvalue())
+
+
+def unit_ranges(storage: Storage, part: int) -> Iterator[UnitRange]:
+    """Iterate over the units of a part that have an object, in plan order, some at a time."""
+    num_units = part_num_units(storage, part)
+    waiting: list[tuple[int, int]] = []
+    for page in list_units(storage, part):
+        waiting += [(unit, size) for unit, size in page if unit < num_units]
+        while len(waiting) >= _UNITS_PER_RANGE:
+            yield UnitRange(storage.root, part, tuple(waiting[:_UNITS_PER_RANGE]))
+            del waiting[:_UNITS_PER_RANGE]
+    if waiting:
+        yield UnitRange(storage.root, part, tuple(waiting))
+
+
+def read_range(item: UnitRange) -> Any:
+    """Return the index rows of some units, an Arrow table with the plan's facts of each scene joined on."""
+    storage = open_storage(item.run_uri)
+    tables = []
+    for unit, size in item.units:
+        table = read_counts(storage, item.part, unit, size)
+        key = unit_key(item.part, unit)
+        table = table.append_column("object", pa.repeat(pa.scalar(key, pa.string()), table.num_rows))
+        table = table.append_column("object_bytes", pa.repeat(pa.scalar(size, pa.int64()), table.num_rows))
+        tables.append(table)
+    return _join_plan(pa.concat_tables(tables), storage, item)
+
+
+def _join_plan(rows: Any, storage: Storage, item: UnitRange) -> Any:
+    first, last = item.units[0][0], item.units[-1][0]
+    columns = ("scene_id", "first_unit", "units", *_SCENE_COLUMNS)
+    batches = [
+        batch.filter(
+            pc.and_(
+                pc.less_equal(batch["first_unit"], last),
+                pc.greater(pc.add(batch["first_unit"], batch["units"]), first),
+            )
+        )
+        for batch in iter_plan(storage, item.part, columns)
+    ]
+    plan = pa.Table.from_batches(batches)
+    where = pc.index_in(rows["scene_id"], plan["scene_id"].combine_chunks())
+    for name in _SCENE_COLUMNS:
+        rows = rows.append_column(name, plan[name].take(where))
+    return rows
+
+
+def _current(rows: Any, replaced: Any) -> Any:
+    """Leave out the rows of scenes that a newer part has replaced."""
+    return rows.filter(pc.invert(pc.is_in(rows["scene_id"], replaced))) if len(replaced) else rows
+
+
+def _planned(storage: Storage, info: RunInfo, parts: Sequence[int], newest: dict[str, int]) -> Planned:
+    scenes = blocks = pixels = 0
+    for part in parts:
+        for scene in load_part(storage, part, info.facts).scenes():
+            if newest.get(scene.source.scene_id, part) > part:
+                continue
+            grid = scene.grid(info.facts)
+            scenes += 1
+            blocks += grid.num_blocks if grid else 1
+            pixels += grid.height * grid.width if grid else 0
+    return Planned(scenes, blocks, pixels)
+
+
+def _about(info: RunInfo) -> dict[str, Any]:
+    return {"recipe_key": info.recipe_key, "model_sha256": info.model_sha256, "family": info.card.family}
+
+
+def _content(file: Any) -> bytes:
+    file.seek(0)
+    return bytes(file.read())
+
+
+def _put_reports(storage: Storage, info: RunInfo, reports: Reports, scenes: bytes, failures: bytes) -> None:
+    storage.put("reports/scenes.parquet", scenes)
+    storage.put("reports/failures.parquet", failures)
+    storage.put("reports/classes.parquet", parquet_bytes(reports.classes))
+    storage.put("reports/confusion.parquet", parquet_bytes(reports.confusion))
+    storage.put("reports/report.html", render_html(reports, info.card.classes).encode())
+    # Last: a summary that is there speaks of tables that are there.
+    storage.put("reports/summary.json", summary_json(reports.summary))

@@ -1,0 +1,177 @@
+"""Turns the hardware into the shape of a run: pool size, CPUs, threads, batch and unit size.
+
+Nothing here looks at a timing: the same hardware and config always give the same answer.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from segpipe.config.card import ModelCard
+from segpipe.config.model import SegpipeConfig
+from segpipe.errors import ConfigError
+from segpipe.masks.run import Facts
+
+CPU_UNIT_PX = 16 * 2**20
+GPU_UNIT_PX = 2**30
+_TASK_PX = 2 * CPU_UNIT_PX
+_MAX_UNITS_PER_TASK = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a run may use: this machine, or the nodes of a Ray cluster."""
+
+    nodes: int
+    cpus: int
+    """CPUs of all nodes together."""
+    gpus: int
+    gpu_precision: str = "bf16"
+    """What ``precision: auto`` means on these GPUs."""
+    cpus_per_node: int = 0
+    """Fewest CPUs of a node that has any; 0 = ``cpus``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The fixed pool of workers, and what each of them reserves."""
+
+    workers: int
+    cpus_per_worker: float
+    """CPUs that Ray sets aside for a worker; its threads are another number."""
+    gpus_per_worker: int
+    threads_per_worker: int
+
+
+def this_machine() -> Hardware:
+    """Return the CPUs that this process may use; GPUs are asked of torch only where a driver is loaded."""
+    cpus = len(os.sched_getaffinity(0))
+    gpus = 0
+    if os.path.exists("/proc/driver/nvidia"):
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return Hardware(nodes=1, cpus=cpus, gpus=gpus, gpu_precision=_gpu_precision() if gpus else "bf16")
+
+
+def _gpu_precision() -> str:
+    from segpipe.inference.device import resolve_precision
+
+    return resolve_precision("cuda:0")
+
+
+def plan_pool(hardware: Hardware, config: SegpipeConfig) -> Pool:
+    """Size the worker pool so that planning and report tasks always find a free CPU.
+
+    One worker a GPU where there are any, else one a node. n workers reserve (CPUs - 1) / n each, so that
+    the pool can never starve the tasks that feed it. Raises ConfigError for more workers than GPUs.
+    """
+    cluster = config.cluster
+    asked = None if cluster.workers == "auto" else cluster.workers
+    local = cluster.executor == "local"
+    if local and asked not in (None, 1):
+        raise ConfigError(
+            f"executor: local runs one worker, not {asked}",
+            "cluster.workers",
+            "Leave it out, or use executor: ray.",
+        )
+    if asked is not None and hardware.gpus and asked > hardware.gpus:
+        raise ConfigError(
+            f"{asked} workers, but the cluster has {hardware.gpus} GPUs",
+            "cluster.workers",
+            f"Ask for at most {hardware.gpus}.",
+        )
+    workers = asked or (1 if local else hardware.gpus or max(1, hardware.nodes))
+    node_cpus = hardware.cpus_per_node or hardware.cpus
+    workers_per_node = -(-workers // max(1, hardware.nodes))
+    threads = max(1, node_cpus // workers_per_node)
+    if cluster.threads_per_worker != "auto":
+        threads = cluster.threads_per_worker
+    reserved = max(0.0, (hardware.cpus - 1) / workers)
+    # Ray keeps four decimals of a CPU: rounding down keeps the sum below the limit.
+    reserved = int(reserved * 1000) / 1000
+    if reserved > 1:
+        reserved = float(int(reserved))
+    return Pool(workers, reserved, 1 if hardware.gpus else 0, threads)
+
+
+def resolve_facts(config: SegpipeConfig, card: ModelCard, hardware: Hardware, pool: Pool) -> Facts:
+    """Return what ``auto`` becomes on this hardware with this model. Raises ConfigError."""
+    asked = config.inference
+    device = "cuda" if hardware.gpus else "cpu"
+    tile_px = card.tile_px if asked.tile_px == "auto" else asked.tile_px
+    if 4 * asked.margin_px > tile_px:
+        raise ConfigError(
+            f"{asked.margin_px} is more than a quarter of tile_px ({tile_px})",
+            "inference.margin_px",
+            f"Use at most {tile_px // 4}.",
+        )
+    precision: str = asked.precision
+    if precision == "auto":
+        precision = hardware.gpu_precision if device == "cuda" else "fp32"
+    if precision == "fp16" and device == "cpu":
+        raise ConfigError("fp16 needs a GPU", "inference.precision", "Use fp32 or auto.")
+    unit_px = asked.unit_px
+    if unit_px == "auto":
+        unit_px = GPU_UNIT_PX if device == "cuda" else CPU_UNIT_PX
+    batch_size = asked.batch_size
+    if batch_size == "auto":
+        batch_size = 32 if device == "cuda" else 4
+    return Facts(
+        tile_px=tile_px,
+        margin_px=asked.margin_px,
+        block_px=asked.block_px,
+        unit_px=unit_px,
+        blend=asked.blend,
+        batch_size=batch_size,
+        threads_per_worker=pool.threads_per_worker,
+        precision=precision,
+        compile=asked.compile,
+        device=device,
+    )
+
+
+def check_facts(facts: Facts, config: SegpipeConfig, hardware: Hardware, where: str) -> None:
+    """Refuse a later start of a run that contradicts its facts, or that cannot keep them (exit 2)."""
+    asked: dict[str, object] = {
+        name: getattr(config.inference, name)
+        for name in (
+            "tile_px",
+            "margin_px",
+            "block_px",
+            "unit_px",
+            "blend",
+            "batch_size",
+            "precision",
+            "compile",
+        )
+    }
+    asked["threads_per_worker"] = config.cluster.threads_per_worker
+    for name, value in asked.items():
+        kept = getattr(facts, name)
+        if value not in ("auto", kept):
+            raise ConfigError(
+                f"{name} is {value} here, but the run was started with {kept}",
+                where,
+                "Leave it out to go on with the run, or choose another --output.",
+            )
+    if facts.device == "cuda" and not hardware.gpus:
+        raise ConfigError(
+            "the run was started on GPUs and there is none here, so its masks could not stay the same",
+            where,
+            "Go on where there is a GPU, or choose another --output.",
+        )
+    if facts.device == "cpu" and hardware.gpus:
+        raise ConfigError(
+            "the run was started on CPUs and would go on with GPUs, so its masks could not stay the same",
+            where,
+            "Hide the GPUs (CUDA_VISIBLE_DEVICES=) to go on, or choose another --output.",
+        )
+
+
+def units_per_task(num_units: int, mean_unit_px: float, workers: int) -> int:
+    """Return how many units one Ray task computes: seconds of work, but enough tasks for every worker."""
+    by_px = max(1, round(_TASK_PX / max(1.0, mean_unit_px)))
+    by_share = max(1, -(-num_units // (4 * workers)))
+    return min(by_px, by_share, _MAX_UNITS_PER_TASK)

@@ -1,0 +1,174 @@
+"""Where a block's classes come from: the engine over the scene's pixels, or the masks of a finished run."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from segpipe.config.model import InputConfig
+from segpipe.errors import SceneError, SegpipeError
+from segpipe.geometry.grid import Block
+from segpipe.masks.plan import PlanScene
+from segpipe.masks.read import MaskReader
+from segpipe.masks.run import RunInfo
+from segpipe.rasters.reader import SceneReader, open_scene
+from segpipe.storage import open_storage
+
+if TYPE_CHECKING:
+    from segpipe.inference.engine import Engine
+
+Value = TypeVar("Value")
+
+# Two: the scene being read, and the one before it whose last block may be asked for again.
+_OPEN_PER_THREAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Segmented:
+    """The classes of one block."""
+
+    mask: Any
+    """uint8 (height, width), 255 = no data."""
+    tiles_computed: int = 0
+    tiles_empty: int = 0
+
+
+class BlockSource(Protocol):
+    """Gives the classes of blocks; ``start`` is called from read threads and may block on input."""
+
+    keeps_mask: bool
+    """Whether the masks are new and belong into the objects."""
+
+    def block_bytes(self, scene: PlanScene, block: Block) -> int:
+        """Bytes that the block holds in memory until its row is made."""
+
+    def start(self, scene: PlanScene, block: Block) -> Future[Segmented]:
+        """Read what the block needs and return its classes to come. Raises SceneError."""
+
+    def close(self) -> None: ...
+
+
+class PerThread(Generic[Value]):
+    """Keeps the last few opened things of each thread: readers must not be shared between threads."""
+
+    def __init__(self, close: Callable[[Value], None] | None = None) -> None:
+        self._local = threading.local()
+        self._close = close
+
+    def get(self, key: str, opener: Callable[[], Value]) -> Value:
+        opened: OrderedDict[str, Value] | None = getattr(self._local, "opened", None)
+        if opened is None:
+            opened = self._local.opened = OrderedDict()
+        if key in opened:
+            opened.move_to_end(key)
+            return opened[key]
+        while len(opened) >= _OPEN_PER_THREAD:
+            _, old = opened.popitem(last=False)
+            if self._close is not None:
+                self._close(old)
+        value = opened[key] = opener()
+        return value
+
+    def drop(self, key: str) -> None:
+        """Forget a thing that failed, so that the next block opens it anew."""
+        value = getattr(self._local, "opened", {}).pop(key, None)
+        if value is not None and self._close is not None:
+            self._close(value)
+
+
+class EngineSource:
+    """Reads pixels and has the engine segment them."""
+
+    keeps_mask = True
+
+    def __init__(self, engine: Engine, config: InputConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._readers: PerThread[SceneReader] = PerThread(lambda reader: reader.close())
+
+    def block_bytes(self, scene: PlanScene, block: Block) -> int:
+        header = scene.header
+        assert header is not None
+        pixel_bytes = len(header.bands) * np.dtype(header.dtype).itemsize
+        return block.read.num_px * (pixel_bytes + 1) + block.window.num_px
+
+    def start(self, scene: PlanScene, block: Block) -> Future[Segmented]:
+        header, source = scene.header, scene.source
+        assert header is not None
+        key = f"{source.scene_id}\0{source.version_text}"
+        with self._engine.reading():
+            try:
+                reader = self._readers.get(key, lambda: open_scene(source, header, self._config))
+                pixels, valid = reader.read(block.read)
+            except BaseException:
+                self._readers.drop(key)
+                raise
+            return self._engine.submit(pixels, valid, block.tiles)  # type: ignore[return-value]
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class MaskSource:
+    """Takes the classes from the masks of another run (``evaluate --masks``)."""
+
+    keeps_mask = False
+
+    def __init__(self, masks_uri: str) -> None:
+        self._storage = open_storage(masks_uri)
+        self._readers: PerThread[MaskReader] = PerThread()
+
+    def block_bytes(self, scene: PlanScene, block: Block) -> int:
+        return 2 * block.window.num_px
+
+    def start(self, scene: PlanScene, block: Block) -> Future[Segmented]:
+        if scene.masks is None:
+            raise SceneError("mask_missing", "the run has no masks of this scene", scene.source.scene_id)
+        reader = self._readers.get("", lambda: MaskReader(self._storage))
+        mask, missing_px = reader.read(scene.masks, block.window)
+        if missing_px:
+            raise SceneError(
+                "mask_missing",
+                f"the run has no mask for {missing_px} pixels of the block",
+                scene.source.scene_id,
+            )
+        future: Future[Segmented] = Future()
+        future.set_result(Segmented(mask))
+        return future
+
+    def close(self) -> None:
+        return
+
+
+def make_source(info: RunInfo, config: InputConfig, model_uri: str | None) -> BlockSource:
+    """Build the source of one worker: load the model and start its engine, or open the other run."""
+    if model_uri is None:
+        if info.masks_uri is None:
+            raise SegpipeError("a worker needs a model or a run of masks", info.recipe_key)
+        return MaskSource(info.masks_uri)
+    from segpipe.inference.engine import Engine, EngineConfig
+    from segpipe.models.file import load_model
+
+    model, card = load_model(model_uri)
+    facts = info.facts
+    engine = Engine(
+        model,
+        card,
+        EngineConfig(
+            tile_px=facts.tile_px,
+            batch_size=facts.batch_size,
+            threads=facts.threads_per_worker,
+            precision=facts.precision,
+            compile=facts.compile,
+            device="cuda:0" if facts.device == "cuda" else "cpu",
+            blend=facts.blend,
+        ),
+    )
+    engine.start()
+    return EngineSource(engine, config)

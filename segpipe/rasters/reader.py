@@ -1,0 +1,127 @@
+"""Windows of one scene: the chosen bands as they are in the file, and which pixels are data."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from segpipe.config.model import InputConfig
+from segpipe.errors import SceneError
+from segpipe.geometry.grid import Window
+from segpipe.rasters.driver import Raster, faults_as
+from segpipe.rasters.header import find_rule_of, is_palette, open_sidecar, open_source, uses_sidecar
+from segpipe.rasters.scene import SceneHeader, SceneSource
+from segpipe.rasters.validity import ValidityRule, join_no_data, no_data_by_value
+
+Array = np.ndarray[Any, Any]
+
+
+def open_scene(source: SceneSource, header: SceneHeader, config: InputConfig) -> SceneReader:
+    """Open a scene for reading windows; ``header`` is what `inspect_scene` said of the same version.
+
+    Raises `SceneError`: ``not_found``, ``not_raster``, ``header``, ``valid_mask``, ``scene_changed``,
+    ``shard_count``. A fault of the storage is raised as itself.
+    """
+    with ExitStack() as stack:
+        raster = stack.enter_context(open_source(source))
+        shape = raster.call("header", lambda dataset: (dataset.height, dataset.width, dataset.count))
+        if shape != (header.height, header.width, header.num_bands):
+            raise SceneError("scene_changed", "its header is not the one that was planned", source.where)
+        palette = None
+        bands = header.bands
+        if is_palette(header, config):
+            bands = (1,)
+            palette = raster.call("header", _palette)
+            if config.valid != "auto":
+                palette[3] = 255
+        rule = raster.call("header", lambda dataset: find_rule_of(dataset, bands, source, config))
+        sidecar = None
+        if uses_sidecar(source, config):
+            sidecar = stack.enter_context(open_sidecar(source, header.height, header.width, config.limits))
+        return SceneReader(raster, header, rule, sidecar, palette, stack.pop_all())
+
+
+class SceneReader:
+    """Reads windows of one open scene; one thread at a time. Made by `open_scene`."""
+
+    def __init__(
+        self,
+        raster: Raster,
+        header: SceneHeader,
+        rule: ValidityRule,
+        sidecar: Raster | None,
+        palette: Array | None,
+        opened: ExitStack,
+    ) -> None:
+        """``palette``: uint8 (4, 256), red, green, blue, alpha of each index; None = no indexed image."""
+        self._raster = raster
+        self._header = header
+        self._rule = rule
+        self._sidecar = sidecar
+        self._palette = palette
+        self._opened = opened
+
+    def read(self, window: Window) -> tuple[Array, Array | None]:
+        """Pixels and validity of a window, which must lie inside the scene.
+
+        Pixels: (bands, height, width) of ``header.dtype``, the chosen bands in their order, C-contiguous, and
+        untouched where they are no data. Validity: bool (height, width), true = data; None = all are.
+        Raises `SceneError` ``decode``, ``valid_mask``, ``scene_changed``, ``not_found``; storage faults.
+        """
+        header = self._header
+        if not (0 <= window.row_off < window.row_stop <= header.height) or not (
+            0 <= window.col_off < window.col_stop <= header.width
+        ):
+            raise ValueError(f"{window} does not lie in {header.height} x {header.width} pixels")
+        pixels, alpha = self._read_bands(window)
+        no_data = no_data_by_value(pixels, self._rule.nodata)
+        if self._palette is not None:
+            alpha = self._palette[3].take(pixels[0])
+            pixels = self._palette[:3].take(pixels[0], axis=1)
+        if alpha is not None:
+            no_data = join_no_data(no_data, alpha)
+        if self._rule.mask:
+            no_data = join_no_data(no_data, self._raster.read_mask(window))
+        if self._sidecar is not None:
+            no_data = join_no_data(no_data, self._read_sidecar(self._sidecar, window))
+        return pixels, None if no_data is None else np.logical_not(no_data, out=no_data)
+
+    def close(self) -> None:
+        """Close its files; may be called from any thread, and again."""
+        self._opened.close()
+
+    def __enter__(self) -> SceneReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_bands(self, window: Window) -> tuple[Array, Array | None]:
+        """The chosen bands, and the alpha band where the rule wants it, in one pass over the file."""
+        bands = self._header.bands if self._palette is None else (1,)
+        alpha = () if self._rule.alpha is None else (self._rule.alpha,)
+        shape = (len(bands) + len(alpha), window.height, window.width)
+        together = np.empty(shape, self._header.dtype)
+        self._raster.read((*bands, *alpha), window, together)
+        return together[: len(bands)], together[-1] if alpha else None
+
+    @staticmethod
+    def _read_sidecar(sidecar: Raster, window: Window) -> Array:
+        mask = np.empty((1, window.height, window.width), np.uint8)
+        with faults_as("valid_mask"):
+            sidecar.read((1,), window, mask)
+        return mask[0]
+
+
+def _palette(dataset: Any) -> Array:
+    """uint8 (4, 256): the colour map's red, green, blue, alpha; black and no data past its end."""
+    colours = np.zeros((4, 256), np.uint8)
+    for index, colour in dataset.colormap(1).items():
+        if 0 <= index < 256:
+            colours[:, index] = colour
+    return colours

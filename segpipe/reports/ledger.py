@@ -1,0 +1,71 @@
+"""The coverage ledger as a table on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from segpipe.masks.ledger import Line, Named
+from segpipe.masks.verify import Verification
+
+_VERDICTS = {
+    0: "The run is whole.",
+    3: "Units are missing: the same command again computes them.",
+    4: "Objects are damaged or not planned. Delete them and run the same command again to compute them anew.",
+}
+
+_SUCCESS = {
+    "right": None,
+    "absent": "_SUCCESS is not there yet: the same command again writes it.",
+    "outdated": "_SUCCESS is of the run before it has grown: the same command again renews it.",
+    "wrong": "_SUCCESS does not say what is there.",
+}
+
+
+def render_ledger(verification: Verification, console: Console) -> None:
+    """Print what became of every block of the plan, what is wrong by name, and the verdict."""
+    ledger = verification.ledger
+    table = Table(title=f"Coverage of {escape(verification.root)}", title_justify="left")
+    table.add_column("blocks that are")
+    for name in ("scenes", "units", "blocks", "Mpx", "km2", "Mpx of unknown size"):
+        table.add_column(name, justify="right")
+    for line in ledger.ordered():
+        table.add_row(*_cells(line))
+    table.add_section()
+    table.add_row(*_cells(ledger.planned))
+    console.print(table)
+    sources = ", ".join(f"{escape(name)} {count:,}" for name, count in sorted(ledger.sources.items()))
+    if sources:
+        console.print(f"Scenes by what says which pixels are data: {sources}.")
+    if ledger.superseded_scenes:
+        console.print(f"{ledger.superseded_scenes:,} scenes were replaced by newer versions of themselves.")
+    _print_named(console, "scenes are more than 1.5 x coarser than the model", ledger.coarser)
+    _print_named(console, "units are missing", verification.missing)
+    _print_named(console, "objects are damaged", verification.damaged)
+    _print_named(console, "objects are not in the plan", verification.unplanned)
+    if verification.parts == 0:
+        console.print("No part of the plan is there yet.")
+    if not ledger.balanced:
+        console.print("The lines do not add up to the plan.")
+    note = _SUCCESS[verification.success]
+    if note is not None and (verification.success == "wrong" or verification.complete):
+        console.print(note)
+    console.print(_VERDICTS[verification.exit_code])
+
+
+def _cells(line: Line) -> list[str]:
+    name = line.status if line.kind is None else f"{line.status}: {line.kind}"
+    megapixels, unknown = line.pixels / 1e6, line.unknown_px / 1e6
+    counts = [f"{count:,}" for count in (line.scenes, line.units, line.blocks)]
+    return [escape(name), *counts, f"{megapixels:,.1f}", f"{line.km2:,.3f}", f"{unknown:,.1f}"]
+
+
+def _print_named(console: Console, what: str, named: Named) -> None:
+    if named.count == 0:
+        return
+    console.print(f"{named.count:,} {what}:")
+    for name in named.first:
+        console.print(f"  {escape(name)}", soft_wrap=True)
+    if named.count > len(named.first):
+        console.print(f"  and {named.count - len(named.first):,} more")

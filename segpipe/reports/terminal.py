@@ -1,0 +1,55 @@
+"""The score table on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from segpipe.metrics.scores import OVERALL_SCORES
+from segpipe.reports.html import format_count, format_percent, format_score, visible
+from segpipe.reports.totals import SCENE_STATUSES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_scores(summary: Mapping[str, Any], console: Console) -> None:
+    """Print a row a class and the averages of ``summary`` (the content of summary.json) on ``console``."""
+    from rich.table import Table
+    from rich.text import Text
+
+    scored = summary["scores"] is not None
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("class", overflow="fold")
+    score_columns = ("iou", "dice", "precision", "recall") if scored else ()
+    for name in (*score_columns, *(("label px",) if scored else ()), "mask px", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    valid_px = summary["pixels"]["valid"]
+    for row in summary["classes"]:
+        cells = [format_score(row[name]) for name in score_columns]
+        cells += [format_count(row["support_px"])] if scored else []
+        cells += [format_count(row["px"]), format_percent(row["px"] / valid_px if valid_px else None)]
+        table.add_row(Text(visible(row["class"])), *cells)
+    console.print(table)
+    if scored:
+        overall = [f"{name} {format_score(summary['scores'][name])}" for name in OVERALL_SCORES]
+        _plain(console, "  ".join(overall))
+        compared_px, label_px = summary["compared_px"], summary["label_px"]
+        share = format_percent(compared_px / label_px if label_px else None)
+        _plain(
+            console,
+            f"compared {format_count(compared_px)} of {format_count(label_px)} labelled pixels ({share})",
+        )
+    _plain(console, _coverage(summary))
+
+
+def _coverage(summary: Mapping[str, Any]) -> str:
+    scenes = summary["scenes"]
+    parts = [f"{format_count(scenes['all'])} scenes"]
+    parts += [f"{format_count(scenes[status])} {status}" for status in SCENE_STATUSES if scenes[status]]
+    parts += [f"{kind}: {format_count(found['scenes'])}" for kind, found in summary["failures"].items()]
+    return ", ".join(parts)
+
+
+def _plain(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

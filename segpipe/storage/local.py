@@ -1,0 +1,361 @@
+"""Local files as a store: objects appear whole, under their final name, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Final, cast
+
+from segpipe.errors import (
+    InputError,
+    ObjectChanged,
+    ObjectMissing,
+    StorageError,
+    StorageFull,
+    StorageRefused,
+)
+from segpipe.storage.api import PAGE_ITEMS, ObjectInfo, check_key, check_prefix, check_range
+from segpipe.storage.uris import join_uri
+
+TEMP_FOLDER: Final = ".tmp"
+"""Folder below the root for files on their way to their name; never listed."""
+
+_COPY_BYTES: Final = 1 << 20
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_TMPFILE: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
+_NO_PROC_LINK: Final = (errno.ENOENT, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+Writer = Callable[[int], None]
+"""Writes an object's bytes to an open file descriptor."""
+
+
+class LocalStorage:
+    """Files below a folder, which is made at the first put. See ``Storage`` for the methods."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def __reduce__(self) -> tuple[type[LocalStorage], tuple[str]]:
+        return LocalStorage, (self._root,)
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({self._root!r})"
+
+    @property
+    def root(self) -> str:
+        return self._root
+
+    def uri(self, key: str) -> str:
+        return join_uri(self._root, check_key(key))
+
+    def local_path(self, key: str) -> Path | None:
+        return Path(self.uri(key))
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        path = self.uri(key)
+        try:
+            with _explained(path):
+                found = os.stat(path)
+        except ObjectMissing:
+            return None
+        return None if _is_folder(found) else _info(key, found)
+
+    def read(self, key: str) -> bytes:
+        path = self.uri(key)
+        with _explained(path), open(path, "rb") as file:
+            return file.read()
+
+    def read_range(self, key: str, start: int, length: int, etag: str | None = None) -> bytes:
+        return self.read_ranges(key, [(start, length)], etag)[0]
+
+    def read_ranges(
+        self, key: str, ranges: Sequence[tuple[int, int]], etag: str | None = None
+    ) -> list[bytes]:
+        path = self.uri(key)
+        for start, length in ranges:
+            check_range(start, length)
+        with _explained(path), open(path, "rb", buffering=0) as file:
+            parts = [_pread(file.fileno(), start, length) for start, length in ranges]
+            if etag is not None:
+                _check_version(os.fstat(file.fileno()), etag, path)  # after the reads: it covers them all
+        return parts
+
+    def open_range(self, key: str, etag: str | None = None, size_bytes: int | None = None) -> BinaryIO:
+        path = self.uri(key)
+        with _explained(path):
+            return io.BufferedReader(cast(io.FileIO, _PinnedFile(path, etag)), _COPY_BYTES // 8)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        return self._create(self.uri(key), lambda descriptor: _write_all(descriptor, data))
+
+    def put_file_if_absent(self, key: str, path: Path) -> bool:
+        target = self.uri(key)
+        if os.path.isfile(target):
+            return False  # saves a copy of what may be gigabytes
+        with _explained(str(path)), open(path, "rb", buffering=0) as source:
+            return self._create(target, lambda descriptor: _copy(source, descriptor))
+
+    def put(self, key: str, data: bytes) -> None:
+        target = self.uri(key)
+        with _explained(target):
+            _refuse_folder(target)
+            _make_folders(os.path.dirname(target))
+            temp = self._write_temp(lambda descriptor: _write_all(descriptor, data))
+            try:
+                os.replace(temp, target)
+                _sync_folder(os.path.dirname(target))
+            finally:
+                self._drop_temp(temp)
+
+    def list(self, prefix: str = "") -> Iterator[list[ObjectInfo]]:
+        folder, _, start = check_prefix(prefix).rpartition("/")
+        page: list[ObjectInfo] = []
+        for info in self._walk(folder, start, ()):
+            page.append(info)
+            if len(page) == PAGE_ITEMS:
+                yield page
+                page = []
+        if page:
+            yield page
+
+    def _walk(self, folder: str, start: str, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
+        """Files below ``folder`` in key order; ``above``: the folders on the way, against loops of links."""
+        path = join_uri(self._root, folder)
+        try:
+            with _explained(path), os.scandir(path) as entries:
+                found = os.stat(path)
+                names = [
+                    (entry.name + "/" if entry.is_dir() else entry.name)
+                    for entry in entries
+                    if entry.name.startswith(start) and entry.name != TEMP_FOLDER
+                ]
+        except ObjectMissing:
+            return
+        here = (found.st_dev, found.st_ino)
+        if here in above:
+            return
+        for name in sorted(names, key=os.fsencode):
+            key = f"{folder}/{name}" if folder else name
+            if name.endswith("/"):
+                yield from self._walk(key[:-1], "", (*above, here))
+            elif (info := self.stat(key)) is not None:  # gone since, or a link to nothing
+                yield info
+
+    def _create(self, target: str, write: Writer) -> bool:
+        """Make ``target`` with what ``write`` writes; False where it is there already."""
+        folder, name = os.path.split(target)
+        with _explained(target):
+            if os.path.isfile(target):
+                return False
+            _make_folders(folder)
+            folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                made = _link_unnamed(folder, folder_descriptor, name, write)
+                if made is None:
+                    made = self._link_temp(target, write)
+                if made:
+                    os.fsync(folder_descriptor)
+            finally:
+                os.close(folder_descriptor)
+            if not made:
+                _refuse_folder(target)
+            return made
+
+    def _link_temp(self, target: str, write: Writer) -> bool:
+        temp = self._write_temp(write)
+        try:
+            os.link(temp, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise StorageRefused(
+                    "this file system has no hard links, so files cannot be made whole or not at all",
+                    target,
+                    "Choose another file system or s3://.",
+                ) from None
+            raise
+        finally:
+            self._drop_temp(temp)
+        return True
+
+    def _write_temp(self, write: Writer) -> str:
+        """A synced file with a random name in the temporary folder."""
+        folder = join_uri(self._root, TEMP_FOLDER)
+        temp = join_uri(folder, f"{os.getpid()}-{secrets.token_hex(8)}")
+        descriptor = -1
+        while descriptor < 0:  # another process may take the empty folder away in between
+            _make_folders(folder)
+            with suppress(FileNotFoundError):
+                descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            write(descriptor)
+            os.fsync(descriptor)
+        except BaseException:
+            self._drop_temp(temp)
+            raise
+        finally:
+            os.close(descriptor)
+        return temp
+
+    def _drop_temp(self, temp: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(temp)
+        with suppress(OSError):  # not empty: others are at work
+            os.rmdir(os.path.dirname(temp))
+
+
+class _PinnedFile(io.FileIO):
+    """A file that refuses to go on when its size or time is no longer the pinned one."""
+
+    def __init__(self, path: str, etag: str | None) -> None:
+        super().__init__(path, "rb")
+        self._path, self._etag = path, etag
+        if etag is not None:
+            try:
+                _check_version(os.fstat(self.fileno()), etag, path)
+            except BaseException:
+                self.close()
+                raise
+
+    def readinto(self, buffer: bytearray) -> int | None:  # type: ignore[override]
+        count = super().readinto(buffer)
+        self._check()
+        return count
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self._check()
+        return data or b""
+
+    def _check(self) -> None:
+        if self._etag is not None:
+            _check_version(os.fstat(self.fileno()), self._etag, self._path)
+
+
+def _link_unnamed(folder: str, folder_descriptor: int, name: str, write: Writer) -> bool | None:
+    """A file without a name, linked when it is whole: a kill leaves nothing. None = not to be had here."""
+    flag = getattr(os, "O_TMPFILE", None)
+    if flag is None:
+        return None
+    try:
+        descriptor = os.open(folder, flag | os.O_WRONLY, 0o666)
+    except OSError as error:
+        if error.errno in _NO_TMPFILE:
+            return None
+        raise
+    try:
+        write(descriptor)
+        os.fsync(descriptor)
+        try:
+            # With dst_dir_fd Python calls linkat with AT_SYMLINK_FOLLOW; without it, plain link().
+            os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=folder_descriptor, follow_symlinks=True)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in _NO_PROC_LINK:
+                return None
+            raise
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_folder(target: str) -> None:
+    if os.path.isdir(target):
+        raise StorageRefused("a folder is where a file is needed", target, "Choose another place.")
+
+
+def _make_folders(folder: str) -> None:
+    """Make ``folder`` and what is missing above it, each name synced into its parent."""
+    missing = []
+    while not os.path.isdir(folder):
+        if os.path.lexists(folder):
+            raise StorageRefused("a file is where a folder is needed", folder, "Choose another place.")
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    for path in reversed(missing):
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        _sync_folder(os.path.dirname(path))
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _copy(source: io.FileIO, descriptor: int) -> None:
+    source.seek(0)  # a second way of writing may begin again
+    while chunk := source.read(_COPY_BYTES):
+        _write_all(descriptor, chunk)
+
+
+def _pread(descriptor: int, start: int, length: int) -> bytes:
+    """Exactly ``length`` bytes, fewer only at the end of the file: one call gives at most 2 GiB."""
+    data = os.pread(descriptor, length, start)
+    if len(data) == length or not data:
+        return data
+    parts = [data]
+    done = len(data)
+    while done < length and (data := os.pread(descriptor, length - done, start + done)):
+        parts.append(data)
+        done += len(data)
+    return b"".join(parts)
+
+
+def _is_folder(found: os.stat_result) -> bool:
+    return (found.st_mode & 0o170000) == 0o040000
+
+
+def _info(key: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key, found.st_size, _etag(found))
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_size:x}-{found.st_mtime_ns:x}"
+
+
+def _check_version(found: os.stat_result, etag: str, path: str) -> None:
+    if _etag(found) != etag:
+        raise ObjectChanged("the file changed since it was planned", path, "Run the same command again.")
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn the system's errors into this package's, with the path and what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
+def _explain(error: OSError, path: str) -> Exception:
+    code = error.errno
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return ObjectMissing("no such file", path)
+    if code in _FULL:
+        return StorageFull("no space left on the device", path, "Free space and run the same command again.")
+    if code in _DENIED:
+        text = (error.strerror or "not permitted").lower()
+        return StorageRefused(text, path, "Check the permissions or choose another place.")
+    if code in (errno.ENAMETOOLONG, errno.ELOOP):
+        return InputError((error.strerror or "bad path").lower(), path, "Choose another name.")
+    return StorageError(f"{(error.strerror or str(error)).lower()} (errno {code})", path)

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import io
+import struct
+import tracemalloc
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.io import MemoryFile
+
+from segpipe.errors import CheckError
+from segpipe.masks.codec import _BAND_BYTES, DamagedMask, decode_mask, encode_mask, mask_shape
+
+
+def buildings(height: int, width: int) -> np.ndarray:
+    """Some rectangles of class 1 on 0, with a border of 255."""
+    rng = np.random.default_rng(3)
+    mask = np.zeros((height, width), np.uint8)
+    for row, col in zip(rng.integers(0, height, 40), rng.integers(0, width, 40), strict=True):
+        mask[row : row + 30, col : col + 20] = 1
+    mask[:, -3:] = 255
+    return mask
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(height: int, width: int, raw: bytes, layout: tuple[int, ...] = (8, 0, 0, 0, 0)) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, *layout)
+    signature = b"\x89PNG\r\n\x1a\n"
+    return signature + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (5, 63), (5, 64), (301, 257), (900, 1100)])
+def test_masks_come_back_as_they_were(shape: tuple[int, int]) -> None:
+    mask = buildings(*shape)
+    data = encode_mask(mask)
+    decoded = decode_mask(data)
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, mask)
+    assert mask_shape(data) == shape
+
+
+def test_pillow_and_rasterio_open_the_png_with_the_same_pixels() -> None:
+    mask = buildings(900, 1100)
+    assert mask.size > 2 * _BAND_BYTES  # several bands and IDAT chunks
+    data = encode_mask(mask)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "L"
+        np.testing.assert_array_equal(np.asarray(image), mask)
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with MemoryFile(data) as file, file.open(driver="PNG") as dataset:
+        np.testing.assert_array_equal(dataset.read(1), mask)
+
+
+def test_a_mask_gives_the_same_bytes_however_it_lies_in_memory() -> None:
+    mask = buildings(200, 300)
+    wide = np.zeros((200, 600), np.uint8)
+    wide[:, ::2] = mask
+    assert encode_mask(wide[:, ::2]) == encode_mask(mask) == encode_mask(np.asfortranarray(mask))
+
+
+def test_building_masks_pack_below_a_twentieth_of_a_byte_a_pixel() -> None:
+    mask = buildings(1024, 1024)
+    assert len(encode_mask(mask)) < mask.size / 20
+
+
+def test_encoding_takes_little_memory_besides_the_result() -> None:
+    mask = np.zeros((4096, 2048), np.uint8)
+    tracemalloc.start()
+    data = encode_mask(mask)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 4 * _BAND_BYTES + 4 * len(data)
+
+
+@pytest.mark.parametrize(
+    "mask", [np.zeros((0, 4), np.uint8), np.zeros((2, 2, 1), np.uint8), np.zeros((2, 2), int)]
+)
+def test_encode_refuses_what_is_no_mask(mask: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"a mask is uint8 \(h, w\)"):
+        encode_mask(mask)
+
+
+@pytest.mark.parametrize("compress_level", [1, 9])
+def test_pngs_of_other_programs_are_read(compress_level: int) -> None:
+    mask = buildings(120, 140)
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG", compress_level=compress_level)
+    np.testing.assert_array_equal(decode_mask(file.getvalue()), mask)
+
+
+@pytest.mark.parametrize("filter_type", range(5))
+def test_every_png_filter_is_read(filter_type: int) -> None:
+    rng = np.random.default_rng(filter_type)
+    raw = rng.integers(0, 256, (6, 9), dtype=np.uint8)
+    raw[:, 0] = filter_type
+    data = png(6, 8, raw.tobytes())
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(decode_mask(data), np.asarray(image))
+
+
+def test_a_png_cut_off_anywhere_is_damaged() -> None:
+    data = encode_mask(buildings(30, 40))
+    for stop in range(0, len(data), 7):
+        with pytest.raises(DamagedMask, match=r"cut off|does not begin as a PNG"):
+            decode_mask(data[:stop])
+
+
+def test_a_wrong_checksum_is_damaged_though_the_pixels_could_be_unpacked() -> None:
+    data = bytearray(encode_mask(buildings(30, 40)))
+    data[-13] ^= 1  # last byte of the last IDAT's checksum
+    with pytest.raises(DamagedMask, match="checksum"):
+        decode_mask(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "does not begin as a PNG"),
+        (b"II*\x00" + bytes(40), "does not begin as a PNG"),
+        (png(2, 2, bytes(5)), "5 bytes of pixels where its header says 6"),
+        (png(2, 2, bytes(7)), "7 bytes of pixels where its header says 6"),
+        (png(2, 2, bytes(12), (16, 0, 0, 0, 0)), "not 8-bit greyscale"),
+        (png(2, 2, bytes(14), (8, 2, 0, 0, 0)), "not 8-bit greyscale"),
+        (png(2, 2, bytes(6), (8, 0, 0, 0, 1)), "interlacing"),
+        (png(0, 2, b""), "0 x 2 pixels"),
+        (png(1, 1, b"\x07\x00"), "unknown filter 7"),
+        (png(1 << 30, 1 << 30, bytes(6)), "cannot lie in"),
+    ],
+)
+def test_what_is_no_mask_png_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(DamagedMask, match=reason):
+        decode_mask(data)
+
+
+def test_a_stream_of_no_zlib_is_damaged() -> None:
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", b"no zlib stream")
+        + chunk(b"IEND", b"")
+    )
+    with pytest.raises(DamagedMask, match="cannot be unpacked"):
+        decode_mask(data)
+
+
+def test_a_small_file_cannot_make_the_decoder_take_much_memory() -> None:
+    bomb = png(100, 99, bytes(50_000_000))
+    tracemalloc.start()
+    with pytest.raises(DamagedMask, match="where its header says 10000"):
+        decode_mask(bomb)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 2_000_000
+
+
+def test_a_damaged_mask_is_a_failed_check() -> None:
+    assert issubclass(DamagedMask, CheckError)
+    assert DamagedMask("x").exit_code == 4
+
+
+def test_a_cityscapes_label_is_read_and_comes_back() -> None:
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "fixtures" / "cityscapes"
+    found = sorted(folder.glob("gtFine/**/*_labelIds.png"))
+    if not found:
+        pytest.skip(f"no label rasters below {folder}")
+    with Image.open(found[0]) as image:
+        label = np.asarray(image)
+    np.testing.assert_array_equal(decode_mask(found[0].read_bytes()), label)
+    np.testing.assert_array_equal(decode_mask(encode_mask(label)), label)
