@@ -1,4 +1,6 @@
-"""Run ``segpipe predict`` as a Ray job: ``ray job submit --working-dir . -- python -m jobs.predict --config URI``.
+"""Run ``segpipe predict`` as a Ray job.
+
+    ray job submit --working-dir . -- python -m jobs.predict --config URI
 
 All arguments are those of the command; Ray's job supervisor names the cluster in RAY_ADDRESS.
 """

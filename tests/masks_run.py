@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from segpipe.config.card import IGNORE, ClassInfo, ModelCard
+from segpipe.geometry.georef import shift
 from segpipe.geometry.grid import Window
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.codec import encode_mask
@@ -163,7 +164,7 @@ def unit_rows(part: PlanPart, unit: int, made: Mapping[str, MadeScene]) -> list[
                 "scene_height": header.height,
                 "scene_width": header.width,
                 "crs": header.crs,
-                "transform": _moved(header.transform, block.window),
+                "transform": list(shift(header.transform, block.window)) if header.transform else None,
             }
             rows.append(_block_row(place, block.index, block.window, scene))
     return rows
@@ -181,14 +182,6 @@ def _block_row(base: Row, index: int, window: Window, scene: MadeScene) -> Row:
         matrix = confusion(np.ascontiguousarray(label), mask, len(CLASSES))
         counts = Counts(label_px or 0, int(matrix.sum()), to_pairs(matrix))
     return mask_row(base, window, encode_mask(mask), class_counts(mask, len(CLASSES))[0].tolist(), counts)
-
-
-def _moved(transform: tuple[float, ...] | None, window: Window) -> list[float] | None:
-    if transform is None:
-        return None
-    a, b, c, d, e, f = transform
-    row, col = window.row_off, window.col_off
-    return [a, b, a * col + b * row + c, d, e, d * col + e * row + f]
 
 
 @dataclass

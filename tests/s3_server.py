@@ -153,11 +153,11 @@ class S3Server:
         """True once a bucket can be made and written to; False where the process ended."""
         assert self.process is not None
         end = time.monotonic() + START_TIMEOUT_S
+        client = self._client()
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 return False
             try:
-                client = self._client()
                 client.create_bucket(Bucket="ready")
                 client.put_object(Bucket="ready", Key="ready", Body=b"ready")
                 return True

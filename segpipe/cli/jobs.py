@@ -99,7 +99,8 @@ def _result_line(outcome: Outcome) -> str:
         f"{scenes[name]} {name}" for name in ("ok", "empty", "partial", "failed") if scenes[name]
     )
     return (
-        f"{scenes['all']} scenes ({states or 'none'}), {outcome.units} units, {outcome.computed} computed now\n"
+        f"{scenes['all']} scenes ({states or 'none'}), {outcome.units} units, "
+        f"{outcome.computed} computed now\n"
         f"masks:  {outcome.uri}/masks\nreport: {outcome.uri}/reports/report.html"
     )
 

@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     except _Terminated:
         code = 143
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         code = 141
     except Exception as error:
         code = _unexpected(error)

@@ -17,6 +17,8 @@ from segpipe.errors import ConfigError
 MAX_TEXT_BYTES: Final = 1_000_000
 MAX_DEPTH: Final = 16
 
+_QUOTES: Final = "Correct it; text that begins with { or [ needs quotes."
+
 Tree = dict[str, Any]
 
 
@@ -37,7 +39,7 @@ def load_config(
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"{item!r} is no setting", "--set", "Write it as section.key=value.")
-        _put(tree, key.strip(), _parse_yaml(value, f"--set {key.strip()}"))
+        _put(tree, key.strip(), _set_value(key.strip(), value))
     faults = [*_unknown_keys(tree, SegpipeConfig, "")]
     if faults:
         raise ConfigError("; ".join(faults), where, "See `segpipe config schema` for all keys.")
@@ -51,6 +53,27 @@ def load_config(
 def config_schema() -> Tree:
     """The JSON schema of the whole config."""
     return SegpipeConfig.model_json_schema()
+
+
+def _set_value(key: str, value: str) -> Any:
+    """The value of a set: YAML, but for a text field other than YAML text counts as it stands."""
+    where = f"--set {key}"
+    if not _takes_text(key):
+        return _parse_yaml(value, where)
+    if value.lstrip().startswith("{"):
+        return value.strip()
+    parsed = _parse_yaml(value, where)
+    return parsed if parsed is None or isinstance(parsed, str) else value.strip()
+
+
+def _takes_text(dotted: str) -> bool:
+    """Whether a key's field is plain text."""
+    model: type[BaseModel] | None = SegpipeConfig
+    *sections, name = dotted.split(".")
+    for part in sections:
+        model = _section(model, part) if model is not None and part in model.model_fields else None
+    field = model.model_fields.get(name) if model is not None else None
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _parse_mapping(text: str, where: str) -> Tree:
@@ -80,11 +103,9 @@ def _parse_yaml(text: str, where: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise ConfigError(
-            f"no valid YAML{place}: {error.problem or error.context}", where, "Correct it."
-        ) from None
+        raise ConfigError(f"no valid YAML{place}: {error.problem or error.context}", where, _QUOTES) from None
     except (YAMLError, ValueError) as error:
-        raise ConfigError(f"no valid YAML: {' '.join(str(error).split())}", where, "Correct it.") from None
+        raise ConfigError(f"no valid YAML: {' '.join(str(error).split())}", where, _QUOTES) from None
 
 
 def _check_events(text: str, where: str) -> None:

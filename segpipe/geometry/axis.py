@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def make_axis(n_px: int, tile_px: int, margin_px: int) -> Axis:
     # Rounded half up in integers, so that no platform's floating point moves a tile.
     origins = tuple((2 * j * span + (num - 1)) // (2 * (num - 1)) for j in range(num))
     # Pixel centre i + 1/2 is nearer to tile j + 1 once it passes the midpoint of the two tile centres.
-    inner = tuple((a + b + tile_px + 1) // 2 for a, b in zip(origins, origins[1:], strict=False))
+    inner = tuple((a + b + tile_px + 1) // 2 for a, b in pairwise(origins))
     return Axis(n_px, tile_px, margin_px, origins, (0, *inner, n_px))
 
 

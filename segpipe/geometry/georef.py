@@ -72,17 +72,19 @@ def pixel_size_m(west: Point, east: Point, north: Point, south: Point) -> float 
     return math.sqrt(area) if area > 0 else None
 
 
-def footprint_of_ring(ring: Sequence[Point]) -> tuple[bytes, Bbox] | None:
+def footprint_of_ring(ring: Sequence[Point], *, wraps: bool) -> tuple[bytes, Bbox] | None:
     """WKB and bbox (xmin, ymin, xmax, ymax) of an open ring of lon, lat degrees.
 
     A counter-clockwise polygon; one that crosses the antimeridian is a multipolygon of two, and its bbox has
-    xmin > xmax (RFC 7946, 3.1.9 and 5.2). None where a point is not finite or the ring goes round a pole.
+    xmin > xmax (RFC 7946, 3.1.9 and 5.2). ``wraps``: longitudes may jump by 360 degrees between points, as
+    projections give them. None where a point is not finite or the ring goes round a pole.
     """
     if not all(math.isfinite(lon) and math.isfinite(lat) for lon, lat in ring):
         return None
-    unrolled = _unroll(ring)
+    unrolled = _unroll(ring) if wraps else list(ring)
     if unrolled is None:
         return None
+    unrolled = _brought_back(unrolled)
     if _signed_area(unrolled) < 0:
         unrolled = [unrolled[0], *unrolled[:0:-1]]
     lons, lats = [lon for lon, _ in unrolled], [lat for _, lat in unrolled]
@@ -106,20 +108,20 @@ def _turn(degrees: float) -> float:
 
 
 def _unroll(ring: Sequence[Point]) -> list[Point] | None:
-    """The ring without jumps by 360 degrees, least longitude in -180 .. 180; None if it does not close."""
-    jumps = any(abs(b[0] - a[0]) > 180.0 for a, b in zip(ring, [*ring[1:], ring[0]], strict=True))
-    points = list(ring)
-    if jumps and max(lon for lon, _ in ring) - min(lon for lon, _ in ring) <= 360.0:
-        lon = ring[0][0]
-        points = [ring[0]]
-        for before, after in zip(ring, [*ring[1:], ring[0]], strict=True):
-            lon += _turn(after[0] - before[0])
-            points.append((lon, after[1]))
-        if abs(points.pop()[0] - ring[0][0]) > 1.0:
-            return None
-    least = min(lon for lon, _ in points)
-    offset = -360.0 * math.floor((least + 180.0) / 360.0)
-    return [(lon + offset, lat) for lon, lat in points] if offset else points
+    """The ring without jumps by 360 degrees; None if it does not close then."""
+    lon = ring[0][0]
+    points = [ring[0]]
+    for before, after in zip(ring, [*ring[1:], ring[0]], strict=True):
+        lon += _turn(after[0] - before[0])
+        points.append((lon, after[1]))
+    points.pop()
+    return points if abs(lon - ring[0][0]) < 1.0 else None
+
+
+def _brought_back(ring: list[Point]) -> list[Point]:
+    """The ring turned by whole circles, so that its least longitude lies in -180 .. 180."""
+    turns = math.floor((min(lon for lon, _ in ring) + 180.0) / 360.0)
+    return [(lon - 360.0 * turns, lat) for lon, lat in ring] if turns else ring
 
 
 def _clip(ring: Sequence[Point], limit: float, *, keep_below: bool) -> list[Point]:

@@ -32,6 +32,15 @@ NO_HEADER: Final = "unreadable"
 """Stands in place of a validity source where the scene's header could not be read."""
 
 
+_STORED_NAMES: Final = {
+    "parts": "parts",
+    "units": "units",
+    "rows": "rows",
+    "pixels": "pixels",
+    "object_bytes": "bytes",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Totals:
     """What ``_SUCCESS`` says: parts, units, rows and pixels of the plan, bytes of all mask objects."""
@@ -41,7 +50,7 @@ class Totals:
     rows: int = 0
     pixels: int = 0
     """Scene pixels of all rows' windows (no-data pixels too)."""
-    bytes: int = 0
+    object_bytes: int = 0
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(
@@ -49,21 +58,26 @@ class Totals:
             self.units + other.units,
             self.rows + other.rows,
             self.pixels + other.pixels,
-            self.bytes + other.bytes,
+            self.object_bytes + other.object_bytes,
         )
+
+    def to_tree(self) -> dict[str, int]:
+        """Return the values under the names that ``_SUCCESS`` has."""
+        return {stored: getattr(self, name) for name, stored in _STORED_NAMES.items()}
 
     def to_json(self) -> bytes:
         """Return the content of ``_SUCCESS``."""
-        return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
+        return (json.dumps(self.to_tree(), indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Totals:
         """Read ``_SUCCESS``, passing over keys that this version does not know; ValueError if damaged."""
         tree = json.loads(data)
-        names = ("parts", "units", "rows", "pixels", "bytes")
-        if not isinstance(tree, dict) or any(type(tree.get(name)) is not int for name in names):
-            raise ValueError(f"needs the whole numbers {', '.join(names)}")
-        return cls(**{name: tree[name] for name in names})
+        if not isinstance(tree, dict) or any(
+            type(tree.get(name)) is not int for name in _STORED_NAMES.values()
+        ):
+            raise ValueError(f"needs the whole numbers {', '.join(_STORED_NAMES.values())}")
+        return cls(**{name: tree[stored] for name, stored in _STORED_NAMES.items()})
 
 
 @dataclass(slots=True)

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from segpipe.config.card import IGNORE
-from segpipe.errors import CheckError, ObjectMissing
+from segpipe.errors import ObjectMissing
 from segpipe.geometry.grid import Window
 from segpipe.masks.codec import decode_mask
+from segpipe.masks.damage import explain_damage
 from segpipe.masks.run import plan_key, unit_key
 from segpipe.masks.schema import COUNT_COLUMNS, FAILED
 from segpipe.storage import Storage
@@ -25,8 +26,8 @@ _WHOLE_OBJECT_BYTES = 4 * 2**20
 
 def open_parquet(storage: Storage, key: str, size_bytes: int | None = None) -> Any:
     """Open a Parquet object (a ``pyarrow.parquet.ParquetFile``); CheckError when it is damaged."""
-    try:
-        path = storage.local_path(key)
+    path = storage.local_path(key)
+    with explain_damage(storage.uri(key)):
         if path is not None and path.exists():
             return pq.ParquetFile(path)
         if size_bytes is None:
@@ -36,22 +37,15 @@ def open_parquet(storage: Storage, key: str, size_bytes: int | None = None) -> A
             size_bytes = info.size_bytes
         if size_bytes <= _WHOLE_OBJECT_BYTES:
             return pq.ParquetFile(pa.BufferReader(storage.read(key)))
-        return pq.ParquetFile(storage.open_range(key, size_bytes=size_bytes))
-    except pa.ArrowInvalid as error:
-        raise CheckError(f"the object is damaged ({_first_line(error)})", storage.uri(key)) from error
+        return pq.ParquetFile(storage.open_range(key))
 
 
 def read_columns(storage: Storage, key: str, columns: Sequence[str], size_bytes: int | None = None) -> Any:
     """Return an Arrow table of the columns that the object has; CheckError when it is damaged."""
     file = open_parquet(storage, key, size_bytes)
     present = [name for name in columns if name in file.schema_arrow.names]
-    try:
+    with explain_damage(storage.uri(key)):
         return file.read(columns=present, use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
-            if "Parquet" not in str(error) and "decompress" not in str(error).lower():
-                raise
-        raise CheckError(f"the object is damaged ({_first_line(error)})", storage.uri(key)) from error
 
 
 def read_counts(storage: Storage, part: int, unit: int, size_bytes: int | None = None) -> Any:
@@ -65,10 +59,6 @@ def iter_plan(storage: Storage, part: int, columns: Sequence[str] | None = None)
     yield from file.iter_batches(
         batch_size=2048, columns=list(columns) if columns else None, use_threads=False
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)

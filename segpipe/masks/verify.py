@@ -38,6 +38,7 @@ OnProgress = Callable[[int, int], None]
 OnFinding = Callable[["Finding"], None]
 
 _ABSENT = -1
+_LEARN_UNITS = 3  # objects that are written again to see whether bytes can be compared at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class Verification:
     recipe_key: str
     full: bool
     """Whether every mask was decoded and counted again."""
+    bytes_compared: bool = False
+    """Whether all bytes were compared with what the rows are written as (full, same Parquet writer)."""
     parts: int = 0
     units_checked: int = 0
     missing: Named = field(default_factory=Named)
@@ -92,6 +95,7 @@ class Verification:
             "run": self.root,
             "recipe_key": self.recipe_key,
             "full": self.full,
+            "bytes_compared": self.bytes_compared,
             "exit_code": self.exit_code,
             "complete": self.complete,
             "success": self.success,
@@ -99,7 +103,7 @@ class Verification:
             "missing": asdict(self.missing),
             "damaged": asdict(self.damaged),
             "unplanned": asdict(self.unplanned),
-            "totals": asdict(self.totals),
+            "totals": self.totals.to_tree(),
             "ledger": self.ledger.to_tree(),
         }
 
@@ -114,9 +118,10 @@ def verify_run(
 ) -> Verification:
     """Check every unit of every part of the plan, and that nothing else lies among the masks.
 
-    ``full`` also decodes every mask and counts its pixels again. ``on_finding`` is told of every object that
-    is missing, damaged or unplanned, as it is found, while the result names the first few of each. Raises
-    InputError where there is no run, StorageError where storage fails.
+    All bytes are read, and the masks' checksums are checked. ``full`` also decodes every mask, counts its
+    pixels again and compares each object with what its rows are written as. ``on_finding`` is told of every
+    object that is missing, damaged or unplanned, as it is found, while the result names the first few of
+    each. Raises InputError where there is no run, StorageError where storage fails.
     """
     return _Verifier(storage, require_run(storage), full, threads, on_progress, on_finding).run()
 
@@ -132,6 +137,7 @@ class _Verifier:
         on_finding: OnFinding | None,
     ) -> None:
         self._storage = storage
+        self._full = full
         self._threads = threads
         self._on_progress = on_progress
         self._on_finding = on_finding
@@ -216,6 +222,9 @@ class _Verifier:
             return self._checker.check(part, unit, None if size == _ABSENT else size, superseded)
 
         bad = 0
+        if self._full and not self._result.bytes_compared:
+            present = np.flatnonzero(sizes != _ABSENT)[:_LEARN_UNITS].tolist()
+            self._result.bytes_compared = any(self._checker.learn(part.part, unit) for unit in present)
         for unit, report in map_in_order(check, range(len(sizes)), self._threads):
             self._result.ledger.add_unit(part.part, unit, report.tallies)
             key = unit_key(part.part, unit)
@@ -260,4 +269,4 @@ def _part_of(key: str) -> int | None:
 
 
 def _numbers(totals: Totals) -> str:
-    return ", ".join(f"{value} {name}" for name, value in asdict(totals).items())
+    return ", ".join(f"{value} {name}" for name, value in totals.to_tree().items())

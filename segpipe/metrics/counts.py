@@ -11,9 +11,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from segpipe.config.card import IGNORE, MAX_CLASSES
-
 Array = np.ndarray[Any, Any]
+
+IGNORE: Final = 255
+"""Byte of a pixel that is not compared; classes are 0 to 254."""
 
 _CHUNK_PX: Final = 1 << 30  # a uint32 cell of a table cannot overflow
 
@@ -80,8 +81,8 @@ def from_pairs(pairs: Iterable[Mapping[str, int]], num_classes: int) -> Array:
 
 
 def _check_classes(num_classes: int) -> None:
-    if not 1 <= num_classes <= MAX_CLASSES:
-        raise ValueError(f"num_classes is {num_classes}: must lie between 1 and {MAX_CLASSES}")
+    if not 1 <= num_classes <= IGNORE:
+        raise ValueError(f"num_classes is {num_classes}: must lie between 1 and {IGNORE}")
 
 
 def _chunks(values: Array) -> Iterator[Array]:

@@ -7,8 +7,10 @@ import os
 import secrets
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -30,10 +32,8 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 _SOURCES_PER_TASK = 250
-_MAX_RESTARTS = 20
 _DEATHS_ALONE = 2
 _OBJECT_STORE_BYTES = 100 * 2**20
-_log = logging.getLogger(__name__)
 
 
 class RayExecutor:
@@ -69,22 +69,26 @@ class RayExecutor:
             return
         _configure_data(ray.data.DataContext.get_current())
         tables = [_unit_table(task) for task in tasks]
-        results = ray.data.from_arrow(tables).map_batches(
-            PoolWorker,
-            fn_constructor_args=(setup,),
-            compute=ray.data.ActorPoolStrategy(
-                size=pool.workers,
-                max_concurrent_calls_per_actor=2,
-                max_tasks_in_flight_per_actor=4,
-                enable_true_multi_threading=True,
-            ),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=pool.cpus_per_worker,
-            num_gpus=pool.gpus_per_worker or None,
-            max_restarts=_MAX_RESTARTS,
-            max_task_retries=1,
-        )
+        with warnings.catch_warnings():
+            # Restarts and retries have no named parameter in the Ray versions that we allow.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            results = ray.data.from_arrow(tables).map_batches(
+                PoolWorker,
+                fn_constructor_args=(setup,),
+                compute=ray.data.ActorPoolStrategy(
+                    size=pool.workers,
+                    max_concurrent_calls_per_actor=2,
+                    max_tasks_in_flight_per_actor=4,
+                    enable_true_multi_threading=True,
+                ),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=pool.cpus_per_worker,
+                num_gpus=pool.gpus_per_worker or None,
+                # Finite all the same: every restart uses up one of the two tries of a task.
+                max_restarts=-1,
+                max_task_retries=1,
+            )
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
                 yield UnitResult(**row)
@@ -175,6 +179,8 @@ def _unit_table(task: Sequence[Unit]) -> Any:
 
 
 def _configure_data(context: Any) -> None:
+    # Ray Data sets its log levels when it is imported.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.enable_progress_bars = False
     # A task whose worker died for good is dropped here; its units are missing, and so are run again alone.
     context.max_errored_blocks = -1
@@ -183,8 +189,7 @@ def _configure_data(context: Any) -> None:
 
 def _start_ray(address: str | None) -> None:
     """Join the cluster at ``address``, or start Ray on loopback with a token that is only in memory."""
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     handlers = _main_thread_handlers()
@@ -192,17 +197,20 @@ def _start_ray(address: str | None) -> None:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # Ray turns token mode on by itself, and writes no token file where this one is set.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            ray.init(
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                num_cpus=len(os.sched_getaffinity(0)),
-                _node_ip_address="127.0.0.1",
-            )
+            # Ray's core reports every actor that has arguments and may restart as an error on stderr.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+            with _silent_stderr():
+                ray.init(
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    num_cpus=len(os.sched_getaffinity(0)),
+                    _node_ip_address="127.0.0.1",
+                )
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         raise InputError(
             f"Ray cannot be reached ({str(error).splitlines()[0]})",
@@ -212,6 +220,20 @@ def _start_ray(address: str | None) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Send file descriptor 2 nowhere while Ray's core starts: it prints a line about its log level."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _main_thread_handlers() -> dict[signal.Signals, Any]:

@@ -37,7 +37,7 @@ class Executor(Protocol):
         """Compute units; results come as they end. A unit whose worker died has no result."""
 
     def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
-        """Compute units one a call, alone in a worker; one that ends its worker twice is written as failed."""
+        """Compute units one a call, alone in a worker; one that ends it twice is written as failed."""
 
     def map_ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
         """Apply a pure function to items, side by side, results in order, few of them held."""

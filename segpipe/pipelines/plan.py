@@ -14,9 +14,9 @@ from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_pa
 from segpipe.masks.read import SceneUnits, iter_plan, open_parquet
 from segpipe.masks.run import Facts, list_parts, plan_key
 from segpipe.pipelines.events import Events
-from segpipe.rasters.catalogue import SceneList
 from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import SceneSource
+from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage
 
 Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]

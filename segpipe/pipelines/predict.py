@@ -37,7 +37,8 @@ from segpipe.pipelines.plan import FindMasks, Inspect, PlanTotals, known_scenes,
 from segpipe.pipelines.report import make_reports
 from segpipe.pipelines.resources import Hardware, Pool, check_facts, plan_pool, resolve_facts, units_per_task
 from segpipe.pipelines.worker import WorkerSetup
-from segpipe.rasters.catalogue import SceneList, list_scenes
+from segpipe.rasters.catalogue import list_scenes
+from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage, open_storage
 
 _PACKAGES = ("segpipe", "torch", "torchvision", "ray", "pyarrow", "rasterio", "numpy")
@@ -147,7 +148,7 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
 
 
 def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
-    """Plan in memory and write nothing. Headers are read here, without starting Ray unless it is asked for."""
+    """Plan in memory and write nothing; Ray is started only to ask a cluster that is named."""
     storage = open_storage(job.output)
     executor = start_executor(job.config) if job.config.cluster.address else LocalExecutor()
     totals = PlanTotals()

@@ -182,9 +182,9 @@ class Worker:
         task = _UnitTask(part, unit, [None] * len(blocks), result, open_blocks=len(blocks))
         for index, (scene, block) in enumerate(blocks):
             if block is None:
-                kind, error = scene.error_kind or "header", scene.error or ""
+                kind, reason = scene.error_kind or "header", scene.error or ""
                 base = base_row(scene, part, unit)
-                self._end_block(task, index, failed_row(base, None, kind, error, None))
+                self._end_block(task, index, failed_row(base, None, kind, reason, None))
             else:
                 self._read_pool.submit(self._guard, task, self._read_block, task, index, scene, block)
         return task.finished

@@ -51,7 +51,9 @@ OPTIONS: Final = {
     "GDAL_MAX_RAW_BLOCK_CACHE_SIZE": str(256 << 20),  # all tiles of a window in one call of get_byte_ranges
 }
 
-_GDAL_ERRORS: Final = (RasterioError, CPLE_BaseError, UnicodeError)
+GDAL_ERRORS: Final = (RasterioError, CPLE_BaseError, UnicodeError)
+"""What rasterio raises where GDAL fails."""
+
 _VSI_NAME: Final = re.compile(r"/?vsi(?:riopener|mem)[^\s,:']*")
 
 
@@ -142,7 +144,7 @@ class Raster:
         try:
             with gdal_environment():
                 result = self._context.run(action)
-        except _GDAL_ERRORS as error:
+        except GDAL_ERRORS as error:
             self._raise_fault()
             if _is_out_of_memory(error):
                 raise MemoryError(f"{self.where}: GDAL is out of memory") from None

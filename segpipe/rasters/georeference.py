@@ -9,7 +9,7 @@ from typing import Any, Final
 from xml.etree import ElementTree
 
 from rasterio.crs import CRS
-from rasterio.errors import CRSError, RasterioError
+from rasterio.errors import CRSError
 from rasterio.transform import from_gcps
 from rasterio.warp import transform as project
 
@@ -17,7 +17,7 @@ from segpipe.errors import ObjectMissing, StorageRefused
 from segpipe.geometry import georef
 from segpipe.geometry.georef import Bbox, Point, Transform
 from segpipe.geometry.grid import Window
-from segpipe.rasters.driver import gdal_environment
+from segpipe.rasters.driver import GDAL_ERRORS, gdal_environment
 from segpipe.storage import open_object
 
 AUX_BYTES: Final = 1 << 20
@@ -109,9 +109,9 @@ def footprint(crs: str | None, transform: Transform | None, window: Window) -> t
     """
     if crs is None or transform is None:
         return None
-    ring = georef.outline(transform, window, 0 if _is_lonlat(crs) else _EDGE_POINTS)
-    points = _to_lonlat(crs, ring)
-    return None if points is None else georef.footprint_of_ring(points)
+    plain = _is_lonlat(crs)
+    points = _to_lonlat(crs, georef.outline(transform, window, 0 if plain else _EDGE_POINTS))
+    return None if points is None else georef.footprint_of_ring(points, wraps=not plain)
 
 
 def _checked(values: tuple[float, ...]) -> Transform | None:
@@ -125,7 +125,7 @@ def _checked(values: tuple[float, ...]) -> Transform | None:
 def _from_gcps(points: list[Any]) -> Transform | None:
     try:
         transform = _checked(tuple(from_gcps(points))[:6])
-    except (RasterioError, ValueError):
+    except (*GDAL_ERRORS, ValueError):
         return None
     if transform is None:
         return None
@@ -182,8 +182,8 @@ def _linear_unit_m(text: str) -> float | None:
     if crs is None or crs.is_geographic:
         return None
     try:
-        factor = float(crs.linear_units_factor[1])
-    except (CRSError, ValueError):
+        factor = float(crs.units_factor[1])
+    except (*GDAL_ERRORS, CRSError, ValueError):
         return None
     return factor if math.isfinite(factor) and factor > 0 else None
 
@@ -198,6 +198,6 @@ def _to_lonlat(text: str, points: list[Point]) -> list[Point] | None:
     try:
         with gdal_environment():
             xs, ys = project(crs, _lonlat(), [x for x, _ in points], [y for _, y in points])[:2]
-    except (RasterioError, CRSError, ValueError):
+    except (*GDAL_ERRORS, CRSError):
         return None
     return list(zip(xs, ys, strict=True))

@@ -161,7 +161,7 @@ def _has_palette(dataset: Any) -> bool:
 def _dtype(dataset: Any, bands: Sequence[int], where: str) -> str:
     names = {str(dataset.dtypes[number - 1]) for number in bands}
     bits = min(int(dataset.tags(number, ns="IMAGE_STRUCTURE").get("NBITS", "8")) for number in bands)
-    if bits < 8 and not _has_palette(dataset):
+    if bits < 8 and not (tuple(bands) == _PALETTE_BANDS and _has_palette(dataset)):
         names = {f"{bits}-bit"}
     if len(names) != 1 or not names <= set(PIXEL_DTYPES):
         what = f"its pixels are {' and '.join(sorted(names))}, not one of {', '.join(PIXEL_DTYPES)}"

@@ -188,9 +188,10 @@ class LabelReader:
 
 
 def _open(source: SceneSource) -> Raster:
-    if source.label_uri is not None:
+    in_shard = source.member is not None and source.label_uri == source.uri
+    if source.label_uri is not None and not in_shard:
         return open_raster(source.label_uri, source.label_version)
-    data = shards.read_label_member(source) if source.member is not None else None
+    data = shards.read_label_member(source) if in_shard else None
     if data is None:
         raise SceneError("label_read", "it has no label", source.where, "Check --labels.")
     return open_raster_bytes(data, f"{source.where} (label)")

@@ -24,7 +24,7 @@ MAX_GROUP_BYTES: Final = 1 << 30
 
 _MAX_BATCH_ROWS: Final = 16
 _KEPT_BATCHES: Final = 2
-_OPEN_FILES: Final = 4
+_OPEN_FILES: Final = 2  # the images and the labels of one shard; each may hold 32 MiB of read-ahead
 _BUFFER_BYTES: Final = 1 << 22
 _FIX: Final = "Make the shard again, or leave it out with input.exclude."
 
@@ -85,7 +85,7 @@ def _labelled_rows(file: Any, group: int, path: str | None) -> Iterator[bool]:
         yield from (nulls == 0 for _ in range(num_rows))
         return
     for batch in _batches(file, group, path or "", ""):
-        yield from (value is not None for value in _values(batch))
+        yield from _values(batch).is_valid().to_pylist()
 
 
 def _num_nulls(group_info: Any, path: str) -> int | None:

@@ -131,12 +131,8 @@ def _nodata_values(dataset: Any, bands: Sequence[int]) -> tuple[float, ...] | No
             values = [float(word) for word in words]
         except ValueError:
             return None
-    chosen = [values[number - 1] for number in bands]
-    return (
-        None
-        if any(value is None for value in chosen)
-        else tuple(value for value in chosen if value is not None)
-    )
+    chosen = [value for value in (values[number - 1] for number in bands) if value is not None]
+    return tuple(chosen) if len(chosen) == len(bands) else None
 
 
 def _usable(dataset: Any, bands: Sequence[int], nodata: tuple[float, ...] | None) -> tuple[float, ...] | None:

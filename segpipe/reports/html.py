@@ -156,7 +156,7 @@ def _shade(share: float | None, name: str) -> str:
 
 def _ledger(summary: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     """Return column names and rows of the coverage table, cells as text."""
-    columns = ["all", "done", "partial", "no data", "failed", "missing"]
+    columns = ["written", "done", "partial", "no data", "failed", "missing"]
     missing, km2 = summary["missing"], summary["km2"]
     keys = {
         "scenes": ("all", "ok", "partial", "empty", "failed"),
@@ -168,32 +168,34 @@ def _ledger(summary: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
         values = [*(summary[name].get(state) for state in states), missing.get(name)]
         ledger.append({"name": name, "cells": [format_count(value) for value in values]})
     if km2:
-        no_data = km2["all"] - km2["valid"] - km2["failed"]
-        cells = [format_area(value) for value in (km2["all"], km2["valid"], no_data, km2["failed"])]
+        cells = [format_area(km2[name]) for name in ("all", "valid", "no_data", "failed")]
         ledger.append({"name": "km²", "cells": [*cells[:2], _ABSENT, *cells[2:], _ABSENT]})
     return columns, ledger
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:
     """Say what a reader of the scores would otherwise not see."""
-    counted = format_count
     scenes, blocks, missing = summary["scenes"], summary["blocks"], summary["missing"]
     notes = []
     if any(missing.values()):
-        parts = [f"{counted(value)} {name}" for name, value in missing.items() if value]
-        notes.append(f"The run is not finished: {', '.join(parts)} of the plan have no mask yet.")
+        parts = [_counted(value, name.removesuffix("s")) for name, value in missing.items() if value]
+        notes.append(f"The run is not finished. Of the plan still without a mask: {', '.join(parts)}.")
     if blocks["failed"]:
         notes.append(
-            f"{counted(blocks['failed'])} of {counted(blocks['all'])} blocks failed; scenes: "
-            f"{counted(scenes['failed'])} as a whole, {counted(scenes['partial'])} in part."
+            f"{format_count(blocks['failed'])} of {_counted(blocks['all'], 'block')} failed: "
+            f"{_counted(scenes['failed'], 'scene')} as a whole, {format_count(scenes['partial'])} in part."
         )
     if summary["scores"] is not None and summary["label_px"] > summary["compared_px"]:
-        unseen_px = summary["label_px"] - summary["compared_px"]
-        notes.append(f"{counted(unseen_px)} labelled pixels have no prediction: the scores do not see them.")
+        unseen = _counted(summary["label_px"] - summary["compared_px"], "labelled pixel")
+        notes.append(f"Not in the scores: {unseen} without a prediction.")
     if summary["uncounted_label_blocks"]:
-        blocks_text = counted(summary["uncounted_label_blocks"])
-        notes.append(f"The labels of {blocks_text} blocks could not be counted: no score or total sees them.")
+        uncounted = _counted(summary["uncounted_label_blocks"], "block")
+        notes.append(f"Neither in the scores nor in any count: the labels of {uncounted}.")
     if scenes["coarser_than_model"]:
-        coarse = counted(scenes["coarser_than_model"])
-        notes.append(f"{coarse} scenes have pixels more than 1.5 x coarser than the model was trained for.")
+        coarse = _counted(scenes["coarser_than_model"], "scene")
+        notes.append(f"Pixels more than 1.5 x coarser than the model was trained for: {coarse}.")
     return notes
+
+
+def _counted(value: int, noun: str) -> str:
+    return f"{format_count(value)} {noun}{'' if value == 1 else 's'}"

@@ -172,7 +172,7 @@ def _sum_classes(rows: Any, scene_of_row: Array, num_scenes: int, num_classes: i
     lengths = pc.list_value_length(column).drop_null().to_numpy(zero_copy_only=False)
     if (lengths != num_classes).any():
         raise CheckError(
-            f"class_px has {sorted(set(lengths.tolist()))} values a row where the run has {num_classes} classes"
+            f"class_px has {sorted(set(lengths.tolist()))} values a row, the run has {num_classes} classes"
         )
     values = pc.list_flatten(column).to_numpy(zero_copy_only=False).reshape(-1, num_classes)
     known = column.is_valid().to_numpy(zero_copy_only=False)

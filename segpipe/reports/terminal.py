@@ -45,7 +45,7 @@ def print_scores(summary: Mapping[str, Any], console: Console) -> None:
 
 def _coverage(summary: Mapping[str, Any]) -> str:
     scenes = summary["scenes"]
-    parts = [f"{format_count(scenes['all'])} scenes"]
+    parts = [f"scenes: {format_count(scenes['all'])}"]
     parts += [f"{format_count(scenes[status])} {status}" for status in SCENE_STATUSES if scenes[status]]
     parts += [f"{kind}: {format_count(found['scenes'])}" for kind, found in summary["failures"].items()]
     return ", ".join(parts)

@@ -108,6 +108,10 @@ class Totals:
     def _add_area(self, sums: SceneSums) -> None:
         known = sums.first["pixel_m"].is_valid().to_numpy()
         pixel_m2 = sums.first["pixel_m"].to_numpy()[known].astype(np.float64) ** 2
-        for name, column in (("all", "block_px"), ("valid", "valid_px"), ("failed", "failed_px")):
-            if pixel_m2.size:  # whole mm2 in Python integers: the total does not depend on the order
-                self._area_mm2[name] += sum(map(round, (sums.count(column)[known] * pixel_m2 * 1e6).tolist()))
+        if not pixel_m2.size:
+            return
+        block_px, valid_px, failed_px = (sums.count(name) for name in ("block_px", "valid_px", "failed_px"))
+        columns = {"all": block_px, "valid": valid_px, "no_data": block_px - valid_px - failed_px}
+        for name, pixels in (columns | {"failed": failed_px}).items():
+            # whole mm2 in Python integers: the total does not depend on the order
+            self._area_mm2[name] += sum(map(round, (pixels[known] * pixel_m2 * 1e6).tolist()))

@@ -30,6 +30,7 @@ _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_TMPFILE: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
 _NO_PROC_LINK: Final = (errno.ENOENT, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
 
 Writer = Callable[[int], None]
 """Writes an object's bytes to an open file descriptor."""
@@ -160,7 +161,7 @@ class LocalStorage:
                 if made is None:
                     made = self._link_temp(target, write)
                 if made:
-                    os.fsync(folder_descriptor)
+                    _sync_entries(folder_descriptor)
             finally:
                 os.close(folder_descriptor)
             if not made:
@@ -190,18 +191,19 @@ class LocalStorage:
         folder = join_uri(self._root, TEMP_FOLDER)
         temp = join_uri(folder, f"{os.getpid()}-{secrets.token_hex(8)}")
         descriptor = -1
-        while descriptor < 0:  # another process may take the empty folder away in between
-            _make_folders(folder)
-            with suppress(FileNotFoundError):
-                descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
+            while descriptor < 0:  # another process may take the empty folder away in between
+                _make_folders(folder)
+                with suppress(FileNotFoundError):
+                    descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             write(descriptor)
             os.fsync(descriptor)
         except BaseException:
             self._drop_temp(temp)
             raise
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
         return temp
 
     def _drop_temp(self, temp: str) -> None:
@@ -289,9 +291,17 @@ def _make_folders(folder: str) -> None:
 def _sync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        _sync_entries(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_entries(folder_descriptor: int) -> None:
+    try:
+        os.fsync(folder_descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

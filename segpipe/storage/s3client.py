@@ -68,6 +68,7 @@ _NO_CREDENTIALS: Final = (
     "for a public bucket AWS_NO_SIGN_REQUEST=YES."
 )
 _RESETS: Final = (
+    botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.IncompleteReadError,
     botocore.parsers.ResponseParserError,
@@ -160,6 +161,8 @@ def explain(error: Exception, where: str) -> NoReturn:
         _explain_answer(error, where)
     if isinstance(error, botocore.exceptions.SSLError):
         raise StorageRefused("the server's certificate is not trusted", where, "Set AWS_CA_BUNDLE.") from None
+    if isinstance(error, botocore.exceptions.EndpointConnectionError):
+        raise Transient("cannot connect (check AWS_ENDPOINT_URL and the network)") from None
     if isinstance(error, _RESETS):
         raise Transient(type(error).__name__) from None
     if isinstance(

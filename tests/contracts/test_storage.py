@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import pickle
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from s3_server import Fault, FaultProxy, S3Server
+from tenacity import stop_after_attempt
 
 from segpipe.errors import (
     InputError,
@@ -327,12 +329,16 @@ class TestEveryStore:
 
 
 def _read_in_child(uri: str, answers: multiprocessing.Queue[bytes]) -> None:
+    gc.collect()  # what the parent's client left in this process must not reach the parent's connections
     answers.put(read_uri(uri))
 
 
 @pytest.mark.s3
 class TestS3:
-    def test_a_forked_child_reads_with_its_own_client(self, s3_prefix: str) -> None:
+    def test_a_forked_child_has_its_own_client_and_leaves_the_parents_alone(
+        self, s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(retry_module, "_STOP", stop_after_attempt(1))  # a broken connection must show
         store = open_storage(s3_prefix)
         store.put("k", b"from the parent")
         context = multiprocessing.get_context("fork")

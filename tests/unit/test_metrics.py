@@ -6,10 +6,13 @@ import sys
 import numpy as np
 import pytest
 
+from segpipe.config import card
 from segpipe.metrics import Scores, class_counts, confusion, from_pairs, score_arrays, to_pairs
-from segpipe.metrics.counts import _CHUNK_PX
+from segpipe.metrics.counts import _CHUNK_PX, IGNORE
 
-IGNORE = 255
+
+def test_the_ignored_byte_is_the_one_of_model_cards() -> None:
+    assert IGNORE == card.IGNORE == card.MAX_CLASSES
 
 
 def sets_oracle(label: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, list[float | None]]:

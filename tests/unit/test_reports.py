@@ -221,7 +221,9 @@ def test_the_ledger_adds_up() -> None:
         "label_value": {"blocks": 1, "scenes": 1},
     }
     assert summary["missing"] == {"scenes": 2, "blocks": 4, "pixels": 500}
-    assert summary["km2"] == pytest.approx({"all": 50e-6, "valid": 22.5e-6, "failed": 25e-6})
+    assert summary["km2"] == pytest.approx(
+        {"all": 50e-6, "valid": 22.5e-6, "no_data": 2.5e-6, "failed": 25e-6}
+    )
     assert [(row["scene_id"], row["row_off"], row["error_kind"]) for row in failures] == [
         ("b", 0, "decode"),
         ("c", 0, "decode"),
@@ -524,10 +526,10 @@ def test_the_page_shows_scores_classes_matrix_worst_scenes_and_failures() -> Non
         f"{35 / 50:.4f}",  # IoU of building
         "83.33%",  # of the background's label
         "100 pixels compared of 125 with a label",
-        "25 labelled pixels have no prediction",
-        "1 of 3 blocks failed",
-        "The run is not finished: 1 scenes, 1 blocks, 100 pixels",
-        "1 scenes have pixels more than 1.5 x coarser",
+        "25 labelled pixels without a prediction",
+        "1 of 3 blocks failed: 1 scene as a whole, 0 in part",
+        "still without a mask: 1 scene, 1 block, 100 pixels",
+        "1.5 x coarser than the model was trained for: 1 scene.",
         "town/a",
         "town/b",
         "decode went wrong",
@@ -564,7 +566,7 @@ def test_the_terminal_shows_classes_averages_and_coverage() -> None:
     assert building.split() == ["building", "0.7000", "0.8235", "0.7778", "0.8750", "40", "40", "40.00%"]
     assert "miou 0.7346" in text
     assert "compared 100 of 120 labelled pixels (83.33%)" in text
-    assert "2 scenes, 1 ok, 1 failed, not_raster: 1" in text
+    assert "scenes: 2, 1 ok, 1 failed, not_raster: 1" in text
 
 
 def test_the_terminal_shows_pixels_where_there_are_no_labels() -> None:
