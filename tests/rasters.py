@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +68,6 @@ def write_sparse_tiff(path: Path, height: int, width: int, tile_px: int) -> Path
     ):  # fmt: skip
         pass
     return path
-
-
-def swap_tag(path: Path, tag: int, old: int, new: int) -> None:
-    """Change the value of a SHORT tag in the first directory of a little-endian TIFF."""
-    data = path.read_bytes()
-    before = struct.pack("<HHIHH", tag, 3, 1, old, 0)
-    assert data.count(before) == 1
-    path.write_bytes(data.replace(before, struct.pack("<HHIHH", tag, 3, 1, new, 0)))
 
 
 def version_of(uri: str) -> Version:

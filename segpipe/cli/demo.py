@@ -43,7 +43,7 @@ def demo_command(output: str, *, executor: str) -> int:
     exported = export_run(run, f"{output}/geotiff", scenes_glob=None, partial=False, workers=2)
     pictures = _draw(run, Path(output) / "pictures", config.input)
     print_scores(outcome.summary, Console())
-    _print_places(output, exported.exported + exported.existing, pictures, archive)
+    _print_places(output, exported.exported + exported.already_there, pictures, archive)
     return 0
 
 

@@ -59,20 +59,22 @@ def report_command(run: str, *, executor: str, as_json: bool) -> int:
 def export_command(
     run: str, output: str, *, scenes: str | None, partial: bool, workers: int, as_json: bool
 ) -> int:
-    """Write the GeoTIFFs; 5 when scenes were left out because they failed."""
+    """Write the GeoTIFFs; 0 done (what was left out is named), 4 damaged objects or files in the way."""
     from segpipe.pipelines.export import export_run
 
     result = export_run(run, output, scenes_glob=scenes, partial=partial, workers=workers)
     if as_json:
         print(json.dumps(result.to_json()))
         return result.exit_code
-    there = f", {result.existing} were there already" if result.existing else ""
+    there = f", {result.already_there} were there already" if result.already_there else ""
     print(f"{result.exported} GeoTIFFs written to {output}{there}")
-    for names, count, what in (
-        (result.failed, result.num_failed, "left out: failed"),
-        (result.unfinished, result.num_unfinished, "left out: not all of their blocks are done"),
+    for named, what in (
+        (result.failed, "left out: they have failed blocks"),
+        (result.incomplete, "left out: not all of their blocks are done"),
+        (result.damaged, "left out: an object of theirs is damaged"),
+        (result.conflict, "left as they are: the file there was made from other masks"),
     ):
-        if count:
-            more = f" and {count - len(names)} more" if count > len(names) else ""
-            print(f"{count} scenes {what}: {', '.join(names)}{more}", file=sys.stderr)
+        if named.count:
+            more = f"\n  and {named.count - len(named.first)} more" if named.count > len(named.first) else ""
+            print("\n  ".join([f"{named.count} scenes {what}:", *named.first]) + more, file=sys.stderr)
     return result.exit_code

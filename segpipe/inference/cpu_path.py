@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,7 @@ from segpipe.config.card import ModelCard
 from segpipe.inference import kernels
 from segpipe.inference.blend import Canvas
 from segpipe.inference.config import EngineConfig
-from segpipe.inference.jobs import NO_DATA, BlockJob, TileRef
-from segpipe.inference.memory import keep_freed_pages
+from segpipe.inference.jobs import NO_DATA, BlockJob, Done, TileRef
 from segpipe.inference.network import Forward, first_call, prepare_network
 
 Array = np.ndarray[Any, Any]
@@ -29,10 +30,23 @@ class _BlockState:
     classes: Array
     """uint8, the block on the reduced grid."""
     canvas: Canvas | None
+    """Linear blend only, as all below."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    taken: int = 0
+    """Tiles that have been given a place in the order of sums."""
+    added: int = 0
+    waiting: dict[int, tuple[Array, TileRef]] = field(default_factory=dict)
+    """Logits whose turn has not come, by place."""
 
 
 class CpuPath:
-    """Fill, forward and arg-max on CPU cores. See `ComputePath`."""
+    """Fill, forward and arg-max on CPU cores. See `ComputePath`.
+
+    Every compute thread runs whole batches by itself, each operation on one core: no thread waits for
+    another within a network, a batch's activations fit the caches better, and a tile's classes do not depend
+    on the number of threads. A compiled network runs one batch at a time on all threads instead, since its
+    kernels hold the interpreter's lock.
+    """
 
     def __init__(self, model: nn.Module, card: ModelCard, config: EngineConfig) -> None:
         self._model, self._card, self._config = model, card, config
@@ -40,35 +54,37 @@ class CpuPath:
         self._std_N = np.asarray(card.std, np.float32)
         levels = np.arange(256, dtype=np.float32)
         self._table_NV = (levels[None] - self._mean_N[:, None]) / self._std_N[:, None]
+        self._lanes, self._inner = (1, config.threads) if config.compile else (config.threads, 1)
+        self._room = threading.Semaphore(self._lanes + 1)
+        self._inputs: SimpleQueue[Array] = SimpleQueue()
         self._forward: Forward | None = None
         self._pool: ThreadPoolExecutor | None = None
 
     def start(self) -> None:
-        """See `ComputePath`. Sets torch's thread count for the calling thread."""
-        config = self._config
-        keep_freed_pages()
-        torch.set_num_threads(config.threads)
-        if config.threads > 1 and config.batch_size > 1:
-            self._pool = ThreadPoolExecutor(config.threads - 1, thread_name_prefix="segpipe-tiles")
-        shape = (config.batch_size, config.tile_px, config.tile_px, len(self._card.bands))
-        self._input_BHWN = np.zeros(shape, np.float32)
-        self._input_BNHW = torch.from_numpy(self._input_BHWN).permute(0, 3, 1, 2)
+        """See `ComputePath`."""
+        self._pool = ThreadPoolExecutor(
+            self._lanes, "segpipe-compute", initializer=torch.set_num_threads, initargs=(self._inner,)
+        )
+        self._pool.submit(self._prepare).result()
+
+    def _prepare(self) -> None:
+        """Make network, buffers and kernels ready, so that no block waits for them."""
+        config, side, bands = self._config, self._config.tile_px, len(self._card.bands)
+        for _ in range(self._lanes):
+            self._inputs.put(np.zeros((config.batch_size, side, side, bands), np.float32))
         self._forward = prepare_network(
             self._model, device="cpu", precision=config.precision, compile_network=config.compile
         )
+        input_BHWN = self._inputs.get()
         with torch.inference_mode():
-            low = first_call(self._forward, self._input_BNHW, compile_network=config.compile)
-        self._compile_kernels(_as_rows(low))
-
-    def _compile_kernels(self, low_BHWC: Array) -> None:
-        """Compile the loops that this model and its own pixel type need, so that no block waits for it."""
-        side = self._config.tile_px
+            low = first_call(self._forward, _as_images(input_BHWN), compile_network=config.compile)
         scratch_HW = np.zeros((side, side), np.uint8)
-        self._classes(low_BHWC[0], (0, 1, 0, 1), scratch_HW, 0, 0)
-        pixels_NHW = np.zeros((len(self._card.bands), 2, 2), self._card.dtype)
-        self._fill(self._input_BHWN[0], pixels_NHW, np.ones((2, 2), np.uint8), 0, 0, (2, 2), 1)
+        self._classes(_as_rows(low)[0], (0, 1, 0, 1), scratch_HW, 0, 0)
+        pixels_NHW = np.zeros((bands, 2, 2), self._card.dtype)
+        self._fill(input_BHWN[0], pixels_NHW, np.ones((2, 2), np.uint8), 0, 0, (2, 2), 1)
         kernels.any_valid(scratch_HW, 0, 1, 0, 1)
         kernels.mark_invalid(scratch_HW, scratch_HW, 0, 0, NO_DATA)
+        self._inputs.put(input_BHWN)
 
     def stage(self, job: BlockJob) -> None:
         """See `ComputePath`: the pixels are where they are needed."""
@@ -81,42 +97,39 @@ class CpuPath:
             canvas = Canvas(job.plan, self._card.num_classes, classes_HW)
         job.state = _BlockState(classes_HW, canvas)
 
-    def run(self, tiles: Sequence[TileRef]) -> None:
+    def run(self, tiles: Sequence[TileRef], done: Done) -> None:
         """See `ComputePath`. The batch has its full size whatever the number of tiles."""
-        assert self._forward is not None, "start() comes first"
-        self._spread(self._load, enumerate(tiles))
-        with torch.inference_mode():
-            low_BHWC = _as_rows(self._forward(self._input_BNHW))
-        crops = []
-        for slot, tile in enumerate(tiles):
-            canvas = tile.job.state.canvas
-            if canvas is None:
-                crops.append((low_BHWC[slot], tile))
-            else:  # sums have a fixed order: one by one
-                canvas.add(low_BHWC[slot], tile.row_index, tile.col)
-        self._spread(self._keep, crops)
+        assert self._pool is not None, "start() comes first"
+        self._room.acquire()
+        places = []
+        for tile in tiles:
+            state: _BlockState = tile.job.state
+            places.append(state.taken)
+            state.taken += 1
+        self._pool.submit(self._compute, tiles, places, done)
 
-    def _spread(self, work: Callable[[Any], None], items: Iterable[Any]) -> None:
-        """Do ``work`` for all items, on this thread and the pool's."""
-        todo = list(items)
-        if self._pool is None or len(todo) < 2:
-            _each(work, todo)
-            return
-        lanes = min(self._config.threads, len(todo))
-        others = [self._pool.submit(_each, work, todo[lane::lanes]) for lane in range(1, lanes)]
+    def _compute(self, tiles: Sequence[TileRef], places: Sequence[int], done: Done) -> None:
+        assert self._forward is not None
+        input_BHWN = self._inputs.get()
+        error: Exception | None = None
         try:
-            _each(work, todo[::lanes])
+            for slot, tile in enumerate(tiles):
+                self._load(input_BHWN[slot], tile)
+            with torch.inference_mode():
+                low_BHWC = _as_rows(self._forward(_as_images(input_BHWN)))
+            for low_HWC, tile, place in zip(low_BHWC, tiles, places, strict=False):
+                self._keep(low_HWC, tile, place)
+        except Exception as fault:
+            error = fault
         finally:
-            wait(others)
-        for other in others:
-            other.result()
+            self._inputs.put(input_BHWN)
+            self._room.release()
+            done(error)
 
-    def _load(self, slot_tile: tuple[int, TileRef]) -> None:
-        """Fill one slot of the input buffer."""
-        slot, tile = slot_tile
+    def _load(self, out_HWN: Array, tile: TileRef) -> None:
+        """Fill one slot of an input buffer."""
         job = tile.job
         size = tile.row.size, tile.col.size
-        out_HWN = self._input_BHWN[slot]
         self._fill(out_HWN, job.pixels, job.valid, tile.row.start, tile.col.start, size, job.plan.downsample)
         if min(size) < self._config.tile_px:
             kernels.pad_by_reflection(out_HWN, *size)
@@ -144,10 +157,17 @@ class CpuPath:
         if valid_HW is not None:
             kernels.blank_invalid(out_HWN, valid_HW, row, col, size)
 
-    def _keep(self, low_tile: tuple[Array, TileRef]) -> None:
-        """Write the classes of one tile's cell into its block."""
-        low_HWC, tile = low_tile
-        self._classes(low_HWC, tile.cell, tile.job.state.classes, tile.row.out_start, tile.col.out_start)
+    def _keep(self, low_HWC: Array, tile: TileRef, place: int) -> None:
+        """Put one tile's classes, or its part of the weighted sums, into its block."""
+        state: _BlockState = tile.job.state
+        if state.canvas is None:
+            self._classes(low_HWC, tile.cell, state.classes, tile.row.out_start, tile.col.out_start)
+            return
+        with state.lock:
+            state.waiting[place] = low_HWC, tile
+            while (turn := state.waiting.pop(state.added, None)) is not None:
+                state.canvas.add(turn[0], turn[1].row_index, turn[1].col)
+                state.added += 1
 
     def _classes(
         self, low_HWC: Array, cell: tuple[int, int, int, int], out_HW: Array, out_row: int, out_col: int
@@ -183,9 +203,9 @@ class CpuPath:
         self._forward = None
 
 
-def _each(work: Callable[[Any], None], items: Iterable[Any]) -> None:
-    for item in items:
-        work(item)
+def _as_images(input_BHWN: Array) -> torch.Tensor:
+    """Return the buffer as a channels_last tensor (B, N, H, W) that shares its memory."""
+    return torch.from_numpy(input_BHWN).permute(0, 3, 1, 2)
 
 
 def _as_rows(low_BCHW: torch.Tensor) -> Array:

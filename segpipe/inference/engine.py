@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +23,7 @@ from segpipe.geometry.grid import TilePlan
 from segpipe.inference.config import EngineConfig
 from segpipe.inference.cpu_path import CpuPath
 from segpipe.inference.jobs import BlockJob, BlockResult, ComputePath, Delivery, TileRef
+from segpipe.inference.memory import keep_freed_pages
 from segpipe.inference.torch_path import TorchPath
 
 __all__ = ["BlockResult", "Engine", "EngineConfig", "EngineStats"]
@@ -43,7 +45,7 @@ class EngineStats:
     tiles_computed: int = 0
     tiles_empty: int = 0
     busy_s: float = 0.0
-    """Seconds that the engine thread spent in batches."""
+    """Seconds in which at least one batch was being computed."""
 
 
 class Engine:
@@ -51,7 +53,8 @@ class Engine:
 
     `submit` and `reading` may be called from any thread. A batch always has its full, fixed shape, so that a
     tile's classes depend neither on its place in a batch nor on the other tiles in it. The engine keeps no
-    block after its future is done; how many are in flight is the caller's to bound.
+    block after its future is done; how many are in flight is the caller's to bound. Callbacks of futures
+    must not close the engine.
     """
 
     def __init__(
@@ -70,7 +73,10 @@ class Engine:
         self._condition = threading.Condition()
         self._queue: deque[BlockJob] = deque()
         self._batch: list[TileRef] = []
+        self._books = threading.Lock()  # guards what batches change when they end: jobs, stats, in_flight
         self._open_jobs: set[BlockJob] = set()
+        self._in_flight = 0
+        self._busy_since = 0.0
         self._readers = 0
         self._closing = False
         self._fault: BaseException | None = None
@@ -97,6 +103,7 @@ class Engine:
         """
         with self._condition:
             if self._thread is None and not self._closing:
+                keep_freed_pages()  # before the threads that it is for
                 self._delivery = ThreadPoolExecutor(1, thread_name_prefix="segpipe-masks")
                 self._thread = threading.Thread(target=self._main, name="segpipe-engine", daemon=True)
                 self._thread.start()
@@ -176,7 +183,7 @@ class Engine:
             if span.start + span.size > -(-size // plan.downsample):
                 raise ValueError(f"the plan's tiles reach beyond the {size} {name} of pixels given")
 
-    # Everything below runs in the engine thread.
+    # The engine thread runs what follows; `_settle` and what it calls run where a batch ends.
 
     def _main(self) -> None:
         try:
@@ -190,8 +197,8 @@ class Engine:
             while (job := self._next()) is not None:
                 self._take(job)
         finally:
-            self._abandon()
             self._path.close()
+            self._abandon()
 
     def _next(self) -> BlockJob | None:
         """Return the next block; run the part-filled batch where none is to come. None = close."""
@@ -225,19 +232,22 @@ class Engine:
         except Exception as error:
             self._fail(job, error)
             return
-        self._open_jobs.add(job)
+        with self._books:
+            self._open_jobs.add(job)
         for tile in job.tiles():
             if job.failed or self._closing:
                 return
             if tile.is_empty():
                 job.tiles_empty += 1
-                self._stats.tiles_empty += 1
                 continue
-            job.pending += 1
+            with self._books:
+                job.pending += 1
             self._batch.append(tile)
             if len(self._batch) == self._config.batch_size:
                 self._run_batch()
-        job.exhausted = True
+        with self._books:
+            self._stats.tiles_empty += job.tiles_empty
+            job.exhausted = True
         self._finish_if_done(job)
 
     def _run_batch(self) -> None:
@@ -245,41 +255,53 @@ class Engine:
         self._batch.clear()
         if not batch:
             return
-        begun = time.perf_counter()
-        jobs = list(dict.fromkeys(tile.job for tile in batch))
+        with self._books:
+            if self._in_flight == 0:
+                self._busy_since = time.perf_counter()
+            self._in_flight += 1
         try:
-            self._path.run(batch)
+            self._path.run(batch, partial(self._settle, batch))
         except Exception as error:
-            _log.warning("a batch of %d tiles failed: %s", len(batch), error)
-            for job in jobs:
-                self._fail(job, error)
-            return
-        finally:
+            self._settle(batch, error)
+
+    def _settle(self, batch: Sequence[TileRef], error: Exception | None) -> None:
+        """Book a batch that has ended."""
+        jobs = list(dict.fromkeys(tile.job for tile in batch))
+        with self._books:
+            self._in_flight -= 1
             self._stats.batches += 1
-            self._stats.busy_s += time.perf_counter() - begun
-        self._stats.tiles_computed += len(batch)
-        for tile in batch:
-            tile.job.pending -= 1
-            tile.job.tiles_computed += 1
+            if self._in_flight == 0:
+                self._stats.busy_s += time.perf_counter() - self._busy_since
+            for tile in batch:
+                tile.job.pending -= 1
+                tile.job.tiles_computed += error is None
+            self._stats.tiles_computed += len(batch) if error is None else 0
+        if error is not None:
+            _log.warning("a batch of %d tiles failed: %s", len(batch), error)
         for job in jobs:
-            self._finish_if_done(job)
+            if error is None:
+                self._finish_if_done(job)
+            else:
+                self._fail(job, error)
 
     def _finish_if_done(self, job: BlockJob) -> None:
-        if not job.exhausted or job.pending or job.failed:
-            return
-        self._open_jobs.discard(job)
+        with self._books:
+            if not job.exhausted or job.pending or job.failed or job not in self._open_jobs:
+                return
+            self._open_jobs.discard(job)
         try:
             delivery = self._path.finish(job)
+            assert self._delivery is not None
+            self._delivery.submit(_deliver, job, delivery)
         except Exception as error:
             self._fail(job, error)
-            return
-        assert self._delivery is not None
-        self._delivery.submit(_deliver, job, delivery)
 
     def _fail(self, job: BlockJob, error: BaseException) -> None:
-        job.failed = True
-        job.state = None
-        self._open_jobs.discard(job)
+        with self._books:
+            if job.failed:
+                return
+            job.failed = True
+            self._open_jobs.discard(job)
         job.future.set_exception(error)
 
     def _abandon(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ class BlockResult:
 
 @dataclass(slots=True, eq=False)
 class BlockJob:
-    """One submitted block. Only the engine thread changes it after `submit`."""
+    """One submitted block. Counts and flags belong to the engine, which changes them under its lock."""
 
     pixels: Array
     """(bands, h, w) of the read window, C-contiguous, scene pixels."""
@@ -93,8 +93,14 @@ class TileRef:
         )
 
 
+Done = Callable[[Exception | None], None]
+
+
 class ComputePath(Protocol):
-    """How tiles become classes on one kind of device. All but `stage` run in the engine thread."""
+    """How tiles become classes on one kind of device.
+
+    The engine thread calls all but `stage` and `finish`.
+    """
 
     def start(self) -> None:
         """Make the network ready and compile what is needed. Called once, before anything but `stage`."""
@@ -105,14 +111,18 @@ class ComputePath(Protocol):
     def open(self, job: BlockJob) -> None:
         """Allocate the block's output. Called once, before its first tile."""
 
-    def run(self, tiles: Sequence[TileRef]) -> None:
-        """Compute at most one batch of tiles, of one block or several, and keep their classes."""
+    def run(self, tiles: Sequence[TileRef], done: Done) -> None:
+        """Compute at most one batch of tiles, of one block or several, and keep their classes.
+
+        Calls ``done`` once, with the error if there was one, from any thread and maybe before it returns. It
+        returns while the batch is computed, and blocks while enough batches are on their way.
+        """
 
     def finish(self, job: BlockJob) -> Delivery:
-        """Return what waits for the mask; called once all tiles of the block have run."""
+        """Return what waits for the mask; called once all tiles of the block are done, by any thread."""
 
     def close(self) -> None:
-        """Release threads and memory."""
+        """Wait for the batches on their way, then release threads and memory."""
 
 
 class Delivery(Protocol):

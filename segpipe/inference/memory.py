@@ -8,19 +8,22 @@ from typing import Final
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
 _LARGEST: Final = 2**31 - 1
 
 
 def keep_freed_pages() -> bool:
-    """Tell malloc to serve large arrays from its heap and never to give the heap back.
+    """Tell malloc to serve large arrays from its one heap and never to give the heap back.
 
-    Holds for the whole process and cannot be undone; call it once, before the first forward pass. Returns
-    whether it took effect: not without glibc (musl, macOS), where nothing is changed.
+    Threads share the heap: arenas of their own are cut into pieces of 64 MB that are unmapped when empty.
+    Holds for the whole process and cannot be undone; call it before other threads start, then they have no
+    arena yet. Returns whether it took effect: not without glibc (musl, macOS), where nothing is changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    done = [libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST), libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST)]
-    return all(done)
+    options = (_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_ARENA_MAX, 1)
+    results = [libc.mallopt(option, value) for option, value in options]  # every one is to be tried
+    return all(results)

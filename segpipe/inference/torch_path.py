@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from segpipe.config.card import ModelCard
 from segpipe.inference.blend import ramp
 from segpipe.inference.config import EngineConfig
-from segpipe.inference.jobs import NO_DATA, BlockJob, TileRef
+from segpipe.inference.jobs import NO_DATA, BlockJob, Done, TileRef
 from segpipe.inference.memory import keep_freed_pages
 from segpipe.inference.network import Forward, first_call, prepare_network
 
@@ -122,8 +122,12 @@ class TorchPath:
                 shape = self._card.num_classes, height, job.reduced_shape[1]
                 state.sums = torch.zeros(shape, device=self._device)
 
-    def run(self, tiles: Sequence[TileRef]) -> None:
-        """See `ComputePath`. Returns when the work is queued on the device."""
+    def run(self, tiles: Sequence[TileRef], done: Done) -> None:
+        """See `ComputePath`. A batch counts as done when its work is queued on the device."""
+        self._run(tiles)
+        done(None)
+
+    def _run(self, tiles: Sequence[TileRef]) -> None:
         assert self._forward is not None, "start() comes first"
         with torch.inference_mode(), self._on(self._main):
             for slot, tile in enumerate(tiles):

@@ -1,14 +1,19 @@
-"""Telling damaged bytes from failing storage: what a Parquet reader raises becomes one clear error."""
+"""Opening stored Parquet so that damaged bytes are told from failing storage, in one clear error."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from segpipe.errors import CheckError, SegpipeError, StorageError
+from segpipe.errors import CheckError, ObjectMissing, SegpipeError, StorageError
+from segpipe.storage import Storage
+
+_WHOLE_OBJECT_BYTES: Final = 8 << 20  # smaller objects are fetched in one request
 
 
 @contextmanager
@@ -30,3 +35,28 @@ def damaged(error: BaseException, where: str) -> CheckError:
     """Return the CheckError that says what a reader complained about, on one line."""
     lines = str(error).splitlines()
     return CheckError(f"the object is damaged ({lines[0][:200] if lines else type(error).__name__})", where)
+
+
+def open_checked(storage: Storage, key: str, size_bytes: int | None = None) -> Any:
+    """Open a Parquet object (``pyarrow.parquet.ParquetFile``) that checks the checksums of its pages.
+
+    Nothing is read ahead, so memory is a few pages. Raises ObjectMissing, and CheckError when it is damaged.
+    """
+    path = storage.local_path(key)
+    source: Any
+    if path is not None:
+        if not path.is_file():
+            raise ObjectMissing("no such file", str(path))
+        source = path
+    else:
+        if size_bytes is None:
+            info = storage.stat(key)
+            if info is None:
+                raise ObjectMissing("no such object", storage.uri(key))
+            size_bytes = info.size_bytes
+        if size_bytes <= _WHOLE_OBJECT_BYTES:
+            source = pa.BufferReader(storage.read(key))
+        else:
+            source = storage.open_range(key, size_bytes=size_bytes)
+    with explain_damage(storage.uri(key)):
+        return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)

@@ -131,14 +131,17 @@ def part_num_units(storage: Storage, part: int) -> int:
     return int(last["first_unit"] + last["units"])
 
 
-def encode_part(scenes: Sequence[PlanScene]) -> bytes:
-    """Return the Parquet bytes of one part; catalogue columns follow the plan's own."""
+def encode_part(scenes: Sequence[PlanScene], extra_schema: Any = None) -> bytes:
+    """Return the Parquet bytes of one part; the catalogue's columns follow the plan's own.
+
+    ``extra_schema`` is the Arrow schema of those columns, one for all parts; None = there are none.
+    """
     rows = [row_of_scene(scene) for scene in scenes]
-    extra_names = list(dict.fromkeys(name for scene in scenes for name in scene.source.extra))
     own = pa.Table.from_pylist(rows, schema=pa.schema(PLAN_FIELDS))
-    for name in extra_names:
-        column = pa.array([scene.source.extra.get(name) for scene in scenes])
-        own = own.append_column(f"catalogue_{name}" if name in PLAN_COLUMNS else name, column)
+    for item in extra_schema or ():
+        column = pa.array([scene.source.extra.get(item.name) for scene in scenes], item.type)
+        name = f"catalogue_{item.name}" if item.name in PLAN_COLUMNS else item.name
+        own = own.append_column(pa.field(name, item.type), column)
     sink = pa.BufferOutputStream()
     pq.write_table(own, sink, compression="zstd", row_group_size=2048, store_schema=False, version="2.6")
     return sink.getvalue().to_pybytes()
@@ -159,6 +162,7 @@ def row_of_scene(scene: PlanScene) -> dict[str, Any]:
         "label_offset": source.label_offset,
         "label_length": source.label_length,
         "valid_uri": source.valid_uri,
+        "datetime": source.datetime or (header.datetime if header is not None else None),
         "downsample": scene.downsample,
         "coarser_than_model": scene.coarser_than_model,
         "first_unit": scene.first_unit,
@@ -174,7 +178,7 @@ def row_of_scene(scene: PlanScene) -> dict[str, Any]:
             name: getattr(header, name)
             for name in ("height", "width", "num_bands", "dtype", "driver", "valid_source", "strips")
         }
-        row |= {name: getattr(header, name) for name in ("crs", "pixel_m", "datetime")}
+        row |= {name: getattr(header, name) for name in ("crs", "pixel_m")}
         row |= {
             "bands": list(header.bands),
             "file_block_height": header.file_block[0],

@@ -139,15 +139,20 @@ def require_run(storage: Storage) -> RunInfo:
 def adopt_or_create(storage: Storage, info: RunInfo) -> RunInfo:
     """Put run.json create-only, or adopt the one that is there when it has the same recipe key."""
     existing = read_run(storage)
-    if existing is None:
-        if storage.put_if_absent(RUN_KEY, info.to_json()):
-            return info
+    if existing is None and not storage.put_if_absent(RUN_KEY, info.to_json()):
         existing = require_run(storage)
+    return adopt(existing, info, storage.root)
+
+
+def adopt(existing: RunInfo | None, info: RunInfo, where: str) -> RunInfo:
+    """Return the run that is there, else ``info``; InputError where the two have different recipe keys."""
+    if existing is None:
+        return info
     if existing.recipe_key != info.recipe_key:
-        changes = "; ".join(differences(existing.recipe, info.recipe)[:5])
+        changes = "; ".join(differences(info.recipe, existing.recipe)[:5])
         raise InputError(
             f"the output holds a run made by another recipe ({changes})",
-            storage.root,
+            where,
             "Choose another --output, or ask for what that run was asked for.",
         )
     return existing

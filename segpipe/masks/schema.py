@@ -121,7 +121,7 @@ def mask_schema(recipe_key: str, classes: Sequence[ClassInfo]) -> Any:
         "columns": {
             "geometry": {
                 "encoding": "WKB",
-                "geometry_types": ["Polygon"],
+                "geometry_types": ["Polygon", "MultiPolygon"],
                 "covering": {"bbox": {name: ["bbox", name] for name in ("xmin", "ymin", "xmax", "ymax")}},
             }
         },

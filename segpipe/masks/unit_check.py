@@ -18,7 +18,7 @@ from segpipe.errors import CheckError, ObjectMissing
 from segpipe.geometry.georef import shift
 from segpipe.geometry.grid import Window
 from segpipe.masks.codec import decode_mask, mask_shape
-from segpipe.masks.damage import explain_damage
+from segpipe.masks.damage import explain_damage, open_checked
 from segpipe.masks.ledger import DAMAGED, MISSING, SUPERSEDED, Tally
 from segpipe.masks.plan import PlanPart, PlanScene
 from segpipe.masks.run import RunInfo, unit_key
@@ -27,7 +27,6 @@ from segpipe.masks.write import encode_unit
 from segpipe.metrics.counts import class_counts
 from segpipe.storage import Storage
 
-_WHOLE_OBJECT_BYTES: Final = 8 << 20  # smaller objects are fetched in one request
 _REWRITE_BYTES: Final = 64 << 20  # larger ones are nearly all masks, which carry their own checksums
 _MASK_ROWS: Final = 4  # masks that are in memory at a time
 _PNG_START: Final = 8  # after the signature
@@ -127,7 +126,7 @@ class UnitChecker:
         """Return (status, kind) of each row; CheckError with the first fault."""
         key = unit_key(part, unit)
         where = self._storage.uri(key)
-        with explain_damage(where), self._open(key, size_bytes) as file:
+        with explain_damage(where), open_checked(self._storage, key, size_bytes) as file:
             self._check_file(file)
             present = set(file.schema_arrow.names)
             columns = [name for name in COUNT_COLUMNS if name in present]
@@ -150,19 +149,6 @@ class UnitChecker:
                 if self._rewritten(data) != data:
                     raise CheckError("its bytes are not those that its rows are written as", where)
         return [(row["status"], row["error_kind"]) for row in rows]
-
-    def _open(self, key: str, size_bytes: int) -> Any:
-        path = self._storage.local_path(key)
-        source: Any
-        if path is not None:
-            if not path.exists():
-                raise ObjectMissing("no such file", str(path))
-            source = path
-        elif size_bytes <= _WHOLE_OBJECT_BYTES:
-            source = pa.BufferReader(self._storage.read(key))
-        else:
-            source = self._storage.open_range(key, size_bytes=size_bytes)
-        return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=not self._full)
 
     def _rewritten(self, data: bytes) -> bytes:
         """Return the bytes that the object's rows are written as."""

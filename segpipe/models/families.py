@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from segpipe.errors import ConfigError
-from segpipe.models import mobilenet_unet, torchvision_families, unet
+from segpipe.models import mobilenet_unet, pixel, torchvision_families, unet
 from segpipe.models.blocks import SegmentationModel
 
 FAMILIES: Final[dict[str, Callable[..., SegmentationModel]]] = {
     "unet": unet.build,
     "unet_mobilenet_v2": mobilenet_unet.build,
+    "pixel": pixel.build,
     "fcn_resnet50": torchvision_families.build_fcn_resnet50,
     "deeplabv3_resnet50": torchvision_families.build_deeplabv3_resnet50,
     "lraspp_mobilenet_v3_large": torchvision_families.build_lraspp_mobilenet_v3_large,

@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import RayError, RayTaskError
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
-from segpipe.errors import InputError
+from segpipe.errors import IncompleteError, InputError, SegpipeError
 from segpipe.masks.plan import PlanScene
+from segpipe.pipelines.faults import decode_fault, encode_fault
+from segpipe.pipelines.isolate import Isolation, first_line
 from segpipe.pipelines.local import HEADER_THREADS, Unit, map_threads
 from segpipe.pipelines.plan import inspect_source
 from segpipe.pipelines.resources import Hardware, Pool, this_machine
@@ -32,7 +34,8 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 _SOURCES_PER_TASK = 250
-_DEATHS_ALONE = 2
+_MAX_RESTARTS = 20
+_NO_PROGRESS_TIMEOUT_S = 6 * 3600
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
@@ -85,44 +88,21 @@ class RayExecutor:
                 batch_format="pyarrow",
                 num_cpus=pool.cpus_per_worker,
                 num_gpus=pool.gpus_per_worker or None,
-                # Finite all the same: every restart uses up one of the two tries of a task.
-                max_restarts=-1,
+                # Finite also where a worker ends while it starts, which costs no task a try.
+                max_restarts=_MAX_RESTARTS,
                 max_task_retries=1,
             )
-        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
-                yield UnitResult(**row)
+        try:
+            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in batch.to_pylist():
+                    if (fault := row.pop("fault")) is not None:
+                        raise decode_fault(fault)
+                    yield UnitResult(**row)
+        except RayError as error:
+            raise _stopped(error, setup.run_uri) from error
 
     def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
-        actor = ray.remote(IsolatedWorker).options(
-            num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker or None, max_restarts=0
-        )
-        waiting = deque((unit, 0) for unit in units)
-        idle: list[Any] = []
-        running: dict[Any, tuple[Any, Unit, int]] = {}
-        while waiting or running:
-            while waiting and len(running) < pool.workers:
-                unit, deaths = waiting.popleft()
-                worker = idle.pop() if idle else actor.remote(setup)
-                if deaths >= _DEATHS_ALONE:
-                    call = worker.write_failed.remote(*unit)
-                else:
-                    call = worker.run.remote(*unit)
-                running[call] = (worker, unit, deaths)
-            ended, _ = ray.wait(list(running), num_returns=1)
-            worker, unit, deaths = running.pop(ended[0])
-            try:
-                yield ray.get(ended[0])
-                idle.append(worker)
-            except (ActorDiedError, ActorUnavailableError, RayActorError) as error:
-                if _is_own_fault(error):
-                    waiting.append((unit, deaths + 1))
-                else:
-                    yield UnitResult(*unit, "deferred", error="its worker's node was lost or short of memory")
-            except RayError as error:
-                yield UnitResult(*unit, "deferred", error=str(error).splitlines()[0], bug=True)
-        for worker in idle:
-            ray.kill(worker)
+        return Isolation(setup, pool, units).results()
 
     def map_ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
         return self._map_tasks(function, items)
@@ -134,9 +114,9 @@ class RayExecutor:
         for item in items:
             waiting.append(task.remote(item))
             if len(waiting) >= limit:
-                yield ray.get(waiting.popleft())
+                yield _task_value(waiting.popleft())
         while waiting:
-            yield ray.get(waiting.popleft())
+            yield _task_value(waiting.popleft())
 
     def close(self) -> None:
         ray.shutdown()
@@ -146,31 +126,49 @@ class PoolWorker:
     """A worker as Ray Data sees it: a batch of unit names in, a row a unit out."""
 
     def __init__(self, setup: WorkerSetup) -> None:
-        self._worker = Worker(setup)
+        self._fault: str | None = None
+        try:
+            self._worker = Worker(setup)
+        except Exception as error:
+            self._fault = encode_fault(error)
 
     def __call__(self, batch: Any) -> Iterator[Any]:
+        if self._fault is not None:
+            yield _result_table(UnitResult(-1, -1, "deferred"), self._fault)
+            return
         units = zip(batch["part"].to_pylist(), batch["unit"].to_pylist(), strict=True)
         for result in self._worker.run_units(units):
-            yield pa.Table.from_pylist([asdict(result)], schema=_RESULT_SCHEMA)
-
-
-class IsolatedWorker:
-    """A worker that computes one unit a call, so that its death names the unit."""
-
-    def __init__(self, setup: WorkerSetup) -> None:
-        self._worker = Worker(setup)
-
-    def run(self, part: int, unit: int) -> UnitResult:
-        return next(iter(self._worker.run_units([(part, unit)])))
-
-    def write_failed(self, part: int, unit: int) -> UnitResult:
-        return self._worker.write_failed(
-            part, unit, "kills_worker", f"the unit ended its worker {_DEATHS_ALONE} times, alone"
-        )
+            yield _result_table(result)
 
 
 _ARROW_TYPES = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()}
-_RESULT_SCHEMA = pa.schema([(item.name, _ARROW_TYPES[str(item.type)]) for item in fields(UnitResult)])
+_RESULT_SCHEMA = pa.schema(
+    [(item.name, _ARROW_TYPES[str(item.type)]) for item in fields(UnitResult)] + [("fault", pa.string())]
+)
+
+
+def _result_table(result: UnitResult, fault: str | None = None) -> Any:
+    return pa.Table.from_pylist([asdict(result) | {"fault": fault}], schema=_RESULT_SCHEMA)
+
+
+def _task_value(call: Any) -> Any:
+    """Wait for a task; an error of ours comes as it was raised, without Ray's traceback as its text."""
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        if isinstance(error.cause, SegpipeError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise _stopped(error, "") from error
+
+
+def _stopped(error: RayError, where: str) -> IncompleteError:
+    return IncompleteError(
+        f"Ray stopped the run ({first_line(error)})",
+        where,
+        "Look at the cluster's nodes and their memory; the same command goes on where this one stopped.",
+    )
 
 
 def _unit_table(task: Sequence[Unit]) -> Any:
@@ -184,6 +182,9 @@ def _configure_data(context: Any) -> None:
     context.enable_progress_bars = False
     # A task whose worker died for good is dropped here; its units are missing, and so are run again alone.
     context.max_errored_blocks = -1
+    context.max_consecutive_actor_init_deaths = 2
+    # A large unit of a slow model takes long, and nothing is lost by waiting.
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
     context.print_on_execution_start = False
 
 
@@ -203,6 +204,8 @@ def _start_ray(address: str | None) -> None:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             with _silent_stderr():
                 ray.init(
+                    # Not a Ray that someone else runs on this machine.
+                    address="local",
                     include_dashboard=False,
                     log_to_driver=False,
                     configure_logging=False,
@@ -213,7 +216,7 @@ def _start_ray(address: str | None) -> None:
                 )
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"Ray cannot be reached ({str(error).splitlines()[0]})",
+            f"Ray cannot be reached ({first_line(error)})",
             address or "a local Ray",
             "Check cluster.address and RAY_ADDRESS, or use --set cluster.executor=local.",
         ) from error
@@ -263,9 +266,3 @@ def _precision_of_gpu() -> str:
     from segpipe.inference.device import resolve_precision
 
     return resolve_precision("cuda:0")
-
-
-def _is_own_fault(error: BaseException) -> bool:
-    """Whether a worker died of its own, not with its node and not killed for memory."""
-    text = str(error).lower()
-    return not any(sign in text for sign in ("memory", "node died", "node was", "preempt", "unavailable"))

@@ -156,7 +156,7 @@ def _plan_pages(
             done += 1
             if done % 100 == 0 or done == total:
                 events.planned(done, total)
-        data = encode_part(plan_part(inspected, facts, totals))
+        data = encode_part(plan_part(inspected, facts, totals), scenes.extra_schema)
         if not storage.put_if_absent(plan_key(part), data) and storage.read(plan_key(part)) != data:
             return False
         part += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,13 @@ import pyarrow.compute as pc
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig, as_tree
 from segpipe.config.recipe import masks_recipe, recipe, recipe_key
-from segpipe.errors import ConfigError, StorageError
+from segpipe.errors import ConfigError, InputError, ObjectMissing, StorageError, StorageRefused
 from segpipe.masks.plan import PART_SCENES, part_num_units
 from segpipe.masks.read import SceneUnits, iter_plan
 from segpipe.masks.run import (
     Facts,
     RunInfo,
+    adopt,
     adopt_or_create,
     done_units,
     list_parts,
@@ -35,7 +37,15 @@ from segpipe.pipelines.events import Events
 from segpipe.pipelines.local import Executor, LocalExecutor, Unit
 from segpipe.pipelines.plan import FindMasks, Inspect, PlanTotals, known_scenes, make_plan, plan_part
 from segpipe.pipelines.report import make_reports
-from segpipe.pipelines.resources import Hardware, Pool, check_facts, plan_pool, resolve_facts, units_per_task
+from segpipe.pipelines.resources import (
+    Hardware,
+    Pool,
+    check_facts,
+    mask_facts,
+    plan_pool,
+    resolve_facts,
+    units_per_task,
+)
 from segpipe.pipelines.worker import WorkerSetup
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.scene_list import SceneList
@@ -84,7 +94,8 @@ class Outcome:
             return 1
         if self.missing:
             return 3
-        return 5 if self.failed_scenes > self.max_fraction * self.scenes else 0
+        # A quotient, for 0.29 * 100 is less than 29.
+        return 5 if self.failed_scenes and self.failed_scenes / self.scenes > self.max_fraction else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +113,40 @@ def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
     """Read the model card (or the run whose masks are scored) and make the recipe. Raises InputError."""
     if config.output is None:
         raise ConfigError("no output", "output", "Give --output URI.")
+    if not config.input.scenes:
+        raise ConfigError("no input", "input.scenes", "Name scenes, folders, globs or a catalogue.")
     if masks_uri is not None:
         if config.model is not None:
             raise ConfigError("--model and --masks exclude each other", "model", "Give one of them.")
-        masks = require_run(open_storage(masks_uri))
+        with nothing_written():
+            masks = require_run(open_storage(masks_uri))
+        if masks.masks_uri is not None:
+            raise ConfigError(
+                "this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}."
+            )
         asked = masks_recipe(masks.recipe_key, config.input.label_map)
-        return Job(config, masks.card, masks.model_sha256, asked, masks, masks_uri)
-    if not config.input.scenes:
-        raise ConfigError("no input", "input.scenes", "Name scenes, folders, globs or a catalogue.")
+        return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, masks_uri)
     if config.model is None:
         raise ConfigError("no model", "model", "Give --model URI of a model.safetensors.")
-    card = read_card(config.model)
-    sha256 = model_sha256(config.model)
+    with nothing_written():
+        card = read_card(config.model)
+        sha256 = model_sha256(config.model)
     return Job(config, card, sha256, recipe(config, card, sha256))
+
+
+def _as_made(config: SegpipeConfig, masks: RunInfo) -> SegpipeConfig:
+    """Return the config with the ``downsample`` that the masks were made with, which the reports tell."""
+    changes = {"downsample": masks.recipe["inference"]["downsample"]}
+    return config.model_copy(update={"inference": config.inference.model_copy(update=changes)})
+
+
+@contextmanager
+def nothing_written() -> Iterator[None]:
+    """Turn storage that refuses, or lacks an object, into wrong input: nothing is written yet (exit 2)."""
+    try:
+        yield
+    except (StorageRefused, ObjectMissing) as error:
+        raise InputError(error.what, error.where, error.fix or "Correct the path.") from error
 
 
 def start_executor(config: SegpipeConfig) -> Executor:
@@ -132,12 +164,13 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
     Raises InputError before anything is written, StorageError when storage refuses later on.
     """
     storage = open_storage(job.output)
-    with _scenes(job, need_labels) as scenes:
+    with _scenes(job, need_labels, events) as scenes:
         executor = start_executor(job.config)
         try:
-            facts, pool, hardware = _resolve(job, storage, executor.hardware)
-            info = adopt_or_create(storage, _run_info(job, facts))
-            check_facts(info.facts, job.config, hardware, storage.root)
+            with nothing_written():
+                facts, pool, hardware = _resolve(job, storage, executor.hardware)
+                info = adopt_or_create(storage, _run_info(job, facts))
+            check_facts(info.facts, job.config, hardware, storage.root, of_masks=job.masks is not None)
             totals = make_plan(
                 storage, scenes, info.facts, _inspector(job, executor, info), events, _mask_finder(job)
             )
@@ -153,9 +186,10 @@ def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
     executor = start_executor(job.config) if job.config.cluster.address else LocalExecutor()
     totals = PlanTotals()
     try:
-        with _scenes(job, need_labels) as scenes:
+        with _scenes(job, need_labels, events) as scenes, nothing_written():
             facts, pool, hardware = _resolve(job, storage, executor.hardware)
-            info = read_run(storage) or _run_info(job, facts)
+            info = adopt(read_run(storage), _run_info(job, facts), storage.root)
+            check_facts(info.facts, job.config, hardware, storage.root, of_masks=job.masks is not None)
             scenes.forget_known(known_scenes(storage, list_parts(storage)))
             inspect = _inspector(job, executor, info)
             done, total = 0, len(scenes)
@@ -168,14 +202,18 @@ def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
         executor.close()
 
 
-def _scenes(job: Job, need_labels: bool) -> SceneList:
-    return list_scenes(job.config.input, job.output, need_labels=need_labels)
+def _scenes(job: Job, need_labels: bool, events: Events) -> SceneList:
+    with nothing_written():
+        scenes = list_scenes(job.config.input, job.output, need_labels=need_labels)
+    for note in scenes.notes:
+        events.message(note)
+    return scenes
 
 
 def _resolve(job: Job, storage: Storage, hardware: Hardware) -> tuple[Facts, Pool, Hardware]:
     if job.masks is not None:
         hardware = Hardware(hardware.nodes, hardware.cpus, 0, cpus_per_node=hardware.cpus_per_node)
-        return job.masks.facts, plan_pool(hardware, job.config), hardware
+        return mask_facts(job.config, job.masks.facts), plan_pool(hardware, job.config), hardware
     existing = read_run(storage)
     pool = plan_pool(hardware, job.config)
     facts = resolve_facts(job.config, job.card, hardware, pool)

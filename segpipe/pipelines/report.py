@@ -7,16 +7,16 @@ tables as they come, so it holds a few ranges and no more, whatever the number o
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from segpipe.masks.ledger import Totals
 from segpipe.masks.plan import load_part, part_num_units
 from segpipe.masks.read import iter_plan, read_counts
 from segpipe.masks.run import SUCCESS_KEY, RunInfo, index_key, list_parts, list_units, unit_key
@@ -44,17 +44,6 @@ class UnitRange:
     """(unit, object size in bytes)."""
 
 
-@dataclass(slots=True)
-class Success:
-    """The content of _SUCCESS."""
-
-    parts: int = 0
-    units: int = 0
-    rows: int = 0
-    pixels: int = 0
-    bytes: int = 0
-
-
 def make_reports(
     storage: Storage, info: RunInfo, executor: Executor, events: Events, *, complete: bool
 ) -> dict[str, Any]:
@@ -64,16 +53,16 @@ def make_reports(
     """
     parts = list_parts(storage)
     newest = superseded_scenes(storage, parts)
-    success = Success(parts=len(parts))
+    totals = Totals()
     with tempfile.TemporaryFile() as scenes_file, tempfile.TemporaryFile() as failures_file:
         builder = ReportBuilder(info.card.classes, scenes_file, failures_file)
         for part in parts:
-            _report_part(storage, part, newest, builder, success, executor, events)
+            totals += _report_part(storage, part, newest, builder, executor, events)
         planned = None if complete else _planned(storage, info, parts, newest)
         reports = builder.close(_about(info), planned)
         _put_reports(storage, info, reports, _content(scenes_file), _content(failures_file))
     if complete:
-        storage.put(SUCCESS_KEY, (json.dumps(asdict(success), indent=2) + "\n").encode())
+        storage.put(SUCCESS_KEY, totals.to_json())
     return reports.summary
 
 
@@ -82,25 +71,24 @@ def _report_part(
     part: int,
     newest: dict[str, int],
     builder: ReportBuilder,
-    success: Success,
     executor: Executor,
     events: Events,
-) -> None:
+) -> Totals:
+    """Read one part's objects into its index and the score tables, and return what they amount to."""
     ranges = list(unit_ranges(storage, part))
     replaced = pa.array([name for name, newest_part in newest.items() if newest_part > part], pa.string())
     index = io.BytesIO()
-    done = 0
+    totals, num_units = Totals(parts=1), sum(len(item.units) for item in ranges)
     with pq.ParquetWriter(index, _INDEX_SCHEMA, compression="zstd") as writer:
         for item, rows in zip(ranges, executor.map_ordered(read_range, ranges), strict=True):
             writer.write_table(rows.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA))
             builder.add(_current(rows, replaced))
-            success.rows += rows.num_rows
-            success.pixels += pc.sum(pc.multiply(rows["height"].cast(pa.int64()), rows["width"])).as_py() or 0
-            success.units += len(item.units)
-            success.bytes += sum(size for _, size in item.units)
-            done += len(item.units)
-            events.reporting(done, sum(len(entry.units) for entry in ranges))
+            pixels = pc.sum(pc.multiply(rows["height"].cast(pa.int64()), rows["width"])).as_py()
+            num_bytes = sum(size for _, size in item.units)
+            totals += Totals(0, len(item.units), rows.num_rows, pixels or 0, num_bytes)
+            events.reporting(totals.units, num_units)
     storage.put(index_key(part), index.getvalue())
+    return totals
 
 
 def unit_ranges(storage: Storage, part: int) -> Iterator[UnitRange]:

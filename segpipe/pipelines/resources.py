@@ -6,7 +6,7 @@ Nothing here looks at a timing: the same hardware and config always give the sam
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
@@ -17,6 +17,8 @@ CPU_UNIT_PX = 16 * 2**20
 GPU_UNIT_PX = 2**30
 _TASK_PX = 2 * CPU_UNIT_PX
 _MAX_UNITS_PER_TASK = 50
+_CUT_FACTS = ("block_px", "unit_px")
+_ALL_FACTS = (*_CUT_FACTS, "tile_px", "margin_px", "blend", "batch_size", "precision", "compile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +134,23 @@ def resolve_facts(config: SegpipeConfig, card: ModelCard, hardware: Hardware, po
     )
 
 
-def check_facts(facts: Facts, config: SegpipeConfig, hardware: Hardware, where: str) -> None:
-    """Refuse a later start of a run that contradicts its facts, or that cannot keep them (exit 2)."""
-    asked: dict[str, object] = {
-        name: getattr(config.inference, name)
-        for name in (
-            "tile_px",
-            "margin_px",
-            "block_px",
-            "unit_px",
-            "blend",
-            "batch_size",
-            "precision",
-            "compile",
-        )
-    }
-    asked["threads_per_worker"] = config.cluster.threads_per_worker
+def mask_facts(config: SegpipeConfig, masks: Facts) -> Facts:
+    """Return the facts of a run that scores masks: cells as they were made, blocks and units cut anew."""
+    unit_px = CPU_UNIT_PX if config.inference.unit_px == "auto" else config.inference.unit_px
+    return replace(masks, block_px=config.inference.block_px, unit_px=unit_px, device="cpu")
+
+
+def check_facts(
+    facts: Facts, config: SegpipeConfig, hardware: Hardware, where: str, *, of_masks: bool = False
+) -> None:
+    """Refuse a later start of a run that contradicts its facts, or that cannot keep them (exit 2).
+
+    ``of_masks``: the run scores finished masks, so that only the cut into blocks and units is its own.
+    """
+    names = _CUT_FACTS if of_masks else _ALL_FACTS
+    asked: dict[str, object] = {name: getattr(config.inference, name) for name in names}
+    if not of_masks:
+        asked["threads_per_worker"] = config.cluster.threads_per_worker
     for name, value in asked.items():
         kept = getattr(facts, name)
         if value not in ("auto", kept):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from segpipe.config.model import InputConfig
-from segpipe.errors import SceneError, SegpipeError
+from segpipe.errors import InputError, SceneError, SegpipeError
 from segpipe.geometry.grid import Block
 from segpipe.masks.plan import PlanScene
 from segpipe.masks.read import MaskReader
 from segpipe.masks.run import RunInfo
 from segpipe.rasters.reader import SceneReader, open_scene
-from segpipe.storage import open_storage
+from segpipe.storage import open_storage, read_uri
 
 if TYPE_CHECKING:
     from segpipe.inference.engine import Engine
@@ -153,9 +154,16 @@ def make_source(info: RunInfo, config: InputConfig, model_uri: str | None) -> Bl
             raise SegpipeError("a worker needs a model or a run of masks", info.recipe_key)
         return MaskSource(info.masks_uri)
     from segpipe.inference.engine import Engine, EngineConfig
-    from segpipe.models.file import load_model
+    from segpipe.models.file import load_model_bytes
 
-    model, card = load_model(model_uri)
+    data = read_uri(model_uri)
+    if hashlib.sha256(data).hexdigest() != info.model_sha256:
+        raise InputError(
+            "the model file is no longer the one that the run was started with",
+            model_uri,
+            "Put that one back, or choose another --output.",
+        )
+    model, card = load_model_bytes(data, model_uri)
     facts = info.facts
     engine = Engine(
         model,

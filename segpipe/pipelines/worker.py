@@ -125,6 +125,8 @@ class Worker:
         on_gpu = self._info.facts.device == "cuda"
         self._budget = _Budget(_GPU_BUDGET_BYTES if on_gpu else _CPU_BUDGET_BYTES)
         self._read_pool = ThreadPoolExecutor(READ_THREADS, "segpipe-read")
+        # PNG and JPEG decode from the top: two readers on alternate bands would each decode everything.
+        self._scan_pool = ThreadPoolExecutor(1, "segpipe-scan")
         self._write_pool = ThreadPoolExecutor(WRITE_THREADS, "segpipe-write")
         self._handles = Handles(setup.input, self._info.card)
         self._parts: dict[int, PlanPart] = {}
@@ -133,9 +135,11 @@ class Worker:
     def close(self) -> None:
         """Stop; units that are not written yet are dropped whole."""
         self._budget.close()
-        self._read_pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._read_pool, self._scan_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._source.close()
-        self._read_pool.shutdown(wait=True)
+        for pool in (self._read_pool, self._scan_pool):
+            pool.shutdown(wait=True)
         self._write_pool.shutdown(wait=True, cancel_futures=True)
 
     def run_units(self, units: Iterable[tuple[int, int]]) -> Iterator[UnitResult]:
@@ -186,7 +190,8 @@ class Worker:
                 base = base_row(scene, part, unit)
                 self._end_block(task, index, failed_row(base, None, kind, reason, None))
             else:
-                self._read_pool.submit(self._guard, task, self._read_block, task, index, scene, block)
+                pool = self._read_pool if _reads_anywhere(scene) else self._scan_pool
+                pool.submit(self._guard, task, self._read_block, task, index, scene, block)
         return task.finished
 
     def _guard(self, task: _UnitTask, step: Any, *args: Any) -> None:
@@ -275,6 +280,10 @@ def _blocks_of(scenes: list[UnitScene]) -> Iterator[tuple[PlanScene, Block | Non
             yield entry.scene, None
         for block in entry.blocks:
             yield entry.scene, block
+
+
+def _reads_anywhere(scene: PlanScene) -> bool:
+    return scene.header is None or scene.header.driver == "GTiff"
 
 
 def _pixel_m2(scene: PlanScene) -> float:

@@ -181,6 +181,7 @@ class _Builder:
         self._note(self.spool.drop_unpicked(), "by input.include and input.exclude")
         self._refuse_none_left("input.include and input.exclude leave no scene")
         self.spool.drop_repeats()
+        self.spool.check_files()
 
     def _note(self, count: int, why: str) -> None:
         if count:

@@ -107,7 +107,14 @@ class Raster:
         # rasterio keeps the open files of an opener in context variables: a dataset that is closed in another
         # context than it was opened in ends the process, so all calls on it run in this one
         self._context = contextvars.copy_context()
-        self._dataset = self._run("header", open_dataset)
+        opened: list[Any] = []
+        try:
+            self._run("header", lambda: opened.append(open_dataset()))
+        except BaseException:
+            for dataset in opened:
+                _close(dataset, self._context)
+            raise
+        self._dataset = opened.pop()
         self._finalize = weakref.finalize(self, _close, self._dataset, self._context)
 
     def call(self, kind: str, action: Callable[[Any], T]) -> T:

@@ -105,6 +105,7 @@ def _header(
 ) -> SceneHeader:
     file_block = check_limits(dataset, raster.driver, source.where, config.limits)
     bands = _choose_bands(dataset, num_bands, config, source.where)
+    dtype = _dtype(dataset, bands, source.where)
     rule = find_rule_of(dataset, bands, source, config)
     crs, transform = georeference.of_dataset(dataset)
     if transform is None and source.member is None:
@@ -114,7 +115,7 @@ def _header(
         height=height,
         width=width,
         num_bands=dataset.count,
-        dtype=_dtype(dataset, bands, source.where),
+        dtype=dtype,
         driver=raster.driver,
         bands=bands,
         valid_source=rule.source,

@@ -19,7 +19,7 @@ from segpipe.rasters import shards
 from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_bytes
 from segpipe.rasters.header import check_limits
 from segpipe.rasters.scene import SceneSource
-from segpipe.rasters.validity import alpha_bands
+from segpipe.rasters.validity import alpha_bands, can_equal
 
 Array = np.ndarray[Any, Any]
 
@@ -242,11 +242,9 @@ def _decoder(
         mapping = {
             code & 0xFF: index for code, index in colour_map.items() if code == (code & 0xFF) * 0x010101
         }
-    elif not value_map:
+    nodata = None if facts.nodata in mapping else facts.nodata
+    if not value_map and not colour_map:
         mapping = {index: index for index in range(len(classes))}
-    nodata = facts.nodata
-    if nodata is not None and not np.isnan(nodata) and nodata in value_map:
-        nodata = None
     return _value_decoder(np.dtype(facts.dtype), {IGNORE: IGNORE, **mapping}, nodata)
 
 
@@ -261,9 +259,8 @@ def _value_decoder(dtype: Any, mapping: dict[int, int], nodata: float | None) ->
             table[value - info.min] = index
         else:
             further[value] = index
-    if nodata is not None:
-        in_type = dtype.kind == "f" or (nodata == int(nodata) and _fits(int(nodata), dtype))
-        nodata = nodata if not np.isnan(nodata) and in_type else None
+    if nodata is not None and not can_equal(dtype, nodata):
+        nodata = None
     return _Decoder((1,), table, int(info.min), further, colours=False, nodata=nodata)
 
 
@@ -293,11 +290,6 @@ def _colour_decoder(
     for code, index in mapping.items():
         table[code] = index
     return _Decoder((1, 2, 3), table, 0, {}, colours=True, nodata=None)
-
-
-def _fits(value: int, dtype: Any) -> bool:
-    info = np.iinfo(dtype)
-    return bool(info.min <= value <= info.max)
 
 
 def _colour_codes(pixels: Array) -> Array:

@@ -13,6 +13,7 @@ from segpipe.errors import InputError
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import RASTER_SUFFIXES, SHARD_SUFFIXES, has_suffix
 from segpipe.rasters.shards import is_catalogue
+from segpipe.rasters.templates import without_dots
 from segpipe.storage import ObjectInfo, join_uri, open_object, open_storage, scheme_of, split_uri
 
 SCENE_SUFFIXES: Final = RASTER_SUFFIXES + SHARD_SUFFIXES
@@ -49,6 +50,7 @@ def look_at(text: str) -> Input | None:
     """Find out what an INPUT is, by its name and by asking the store; None = nothing is there."""
     if not text.strip():
         raise InputError("an empty input", "input.scenes", "Name a file, a folder, a glob or a URI.")
+    text = without_dots(text)
     if not text.endswith("/") and not _is_bucket(text):
         storage, key = open_object(text)
         found = storage.stat(key)

@@ -27,8 +27,6 @@ class RangedObject(MultiByteRangeResourceContainer):
         self._file = storage.open_range(key, etag=version.etag, size_bytes=version.size_bytes)
         self._lock = threading.Lock()
         self._fault: BaseException | None = None
-        self.fetched_bytes = 0
-        """Bytes that `read_ranges` fetched."""
 
     @property
     def size_bytes(self) -> int:
@@ -52,7 +50,6 @@ class RangedObject(MultiByteRangeResourceContainer):
         """Exactly the (start, length) ranges, side by side; ``EOFError`` past the end."""
         if any(start + length > self.size_bytes for start, length in ranges):
             raise EOFError(self._key)
-        self.fetched_bytes += sum(length for _, length in ranges)
         return self._storage.read_ranges(self._key, ranges, self._version.etag)
 
     # --- what rasterio's opener asks; GDAL opens no other name, since it sees no sidecars

@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import json
+import os
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -137,8 +137,9 @@ def scratch_explained() -> Iterator[None]:
     except sqlite3.OperationalError as error:
         if "full" not in str(error) and "disk" not in str(error):
             raise
+        folder = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"
         fix = "Free space there, or name another folder with TMPDIR."
-        raise StorageFull("no space for the list of scenes", tempfile.gettempdir(), fix) from error
+        raise StorageFull(f"no space for the list of scenes ({error})", folder, fix) from error
 
 
 _MARK: Final = "$type"

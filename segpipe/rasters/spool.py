@@ -141,6 +141,16 @@ class Spool:
             "AND other.n < scene.n)"
         )
 
+    def check_files(self) -> None:
+        """Raises ``InputError`` where inputs that overlap name one file under two ids."""
+        found = self._rows(
+            "SELECT uri, min(id), max(id) FROM scene WHERE row = 0 GROUP BY uri HAVING count(*) > 1 LIMIT 1"
+        )
+        if found:
+            uri, first, second = found[0]
+            what = f"two inputs name one file, as {first!r} and as {second!r}"
+            raise InputError(what, printable(uri), "Take out the input that lies within the other.")
+
     def shards(self) -> Iterator[Draft]:
         """Each whole shard, with its version."""
         last = -1

@@ -61,13 +61,14 @@ def resolve_uri(text: str, folder: str) -> str:
     """
     if folder and scheme_of(text) == "file" and "://" not in text and not text.startswith("/"):
         text = join_uri(folder, text)
-    if "://" in text and scheme_of(text) not in ("file", "local"):
-        text = _without_dots(text)
-    return join_uri(*split_uri(text))
+    return join_uri(*split_uri(without_dots(text)))
 
 
-def _without_dots(uri: str) -> str:
+def without_dots(uri: str) -> str:
+    """A remote URI with ``.`` and ``..`` resolved; a local path as it is, for the system resolves those."""
     scheme, _, rest = uri.partition("://")
+    if not rest or scheme_of(uri) in ("file", "local"):
+        return uri
     parts: list[str] = []
     for part in rest.split("/"):
         if part == "..":

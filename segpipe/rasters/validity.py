@@ -52,11 +52,11 @@ def find_rule(dataset: Any, bands: Sequence[int], valid: str, has_sidecar: bool,
     Raises `SceneError` ``valid_mask`` where ``valid`` asks for an alpha band or a sidecar that is not there.
     """
     alpha = next((number for number in alpha_bands(dataset) if number not in bands), None)
-    nodata = _nodata_values(dataset, bands)
+    has_nodata, nodata = _nodata_values(dataset, bands)
     if valid == "none":
         return ValidityRule("none")
     if valid == "nodata":
-        return ValidityRule("none" if nodata is None else "nodata", nodata=_usable(dataset, bands, nodata))
+        return ValidityRule("nodata" if has_nodata else "none", nodata=nodata)
     if valid == "alpha":
         if alpha is None:
             fix = "Set input.valid to auto, or leave the scene out."
@@ -69,9 +69,9 @@ def find_rule(dataset: Any, bands: Sequence[int], valid: str, has_sidecar: bool,
         return ValidityRule("sidecar", sidecar=True)
     flags = dataset.mask_flag_enums[bands[0] - 1]
     mask = MaskFlags.per_dataset in flags and not {MaskFlags.alpha, MaskFlags.nodata} & set(flags)
-    found = {"mask": mask, "sidecar": has_sidecar, "alpha": alpha is not None, "nodata": nodata is not None}
+    found = {"mask": mask, "sidecar": has_sidecar, "alpha": alpha is not None, "nodata": has_nodata}
     source = next((name for name, there in found.items() if there), "none")
-    return ValidityRule(source, mask, has_sidecar, alpha, _usable(dataset, bands, nodata))
+    return ValidityRule(source, mask, has_sidecar, alpha, nodata)
 
 
 def no_data_by_value(pixels: Array, nodata: Sequence[float] | None) -> Array | None:
@@ -104,6 +104,17 @@ def join_no_data(no_data: Array | None, mask: Array) -> Array | None:
     return zeros if no_data is None else np.logical_or(no_data, zeros, out=no_data)
 
 
+def can_equal(dtype: Any, value: float) -> bool:
+    """Whether a pixel of that type can equal ``value``: not -9999 in uint8, 0.5 in uint16, NaN, infinity."""
+    kind = np.dtype(dtype)
+    if not np.isfinite(value) or kind.kind not in "iuf":
+        return False
+    if kind.kind == "f":
+        return True
+    info = np.iinfo(kind)
+    return bool(value == int(value) and info.min <= int(value) <= info.max)
+
+
 def _bad_rows(part: Array, values: list[Any] | None, floats: bool) -> Array | None:
     bad: Array | None = None
     if values is not None:
@@ -119,10 +130,12 @@ def _bad_rows(part: Array, values: list[Any] | None, floats: bool) -> Array | No
     return bad
 
 
-def _nodata_values(dataset: Any, bands: Sequence[int]) -> tuple[float, ...] | None:
-    """The nodata value of each chosen band; None where one of them has none.
+def _nodata_values(dataset: Any, bands: Sequence[int]) -> tuple[bool, tuple[float, ...] | None]:
+    """Whether nodata is declared in a way that counts, and the value of each chosen band to compare with.
 
-    ``NODATA_VALUES`` is what GDAL calls a value a band, such as the transparent colour of an RGB PNG.
+    NaN counts but is not compared: it has its own rule. A band without a value, or with one that none of its
+    pixels can have, ends the rule. ``NODATA_VALUES`` is what GDAL calls one value a band, such as the
+    transparent colour of an RGB PNG.
     """
     words = dataset.tags().get("NODATA_VALUES", "").split()
     values: list[float | None] = list(dataset.nodatavals)
@@ -130,24 +143,11 @@ def _nodata_values(dataset: Any, bands: Sequence[int]) -> tuple[float, ...] | No
         try:
             values = [float(word) for word in words]
         except ValueError:
-            return None
+            return False, None
     chosen = [value for value in (values[number - 1] for number in bands) if value is not None]
-    return tuple(chosen) if len(chosen) == len(bands) else None
-
-
-def _usable(dataset: Any, bands: Sequence[int], nodata: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """``nodata`` unless no pixel can equal it: -9999 in uint8, 0.5 in uint16, NaN (it has its own rule)."""
-    if nodata is None:
-        return None
-    for number, value in zip(bands, nodata, strict=True):
-        dtype = np.dtype(dataset.dtypes[number - 1])
-        if not np.isfinite(value):
-            return None
-        if dtype.kind in "iu" and (value != int(value) or not _fits(int(value), dtype)):
-            return None
-    return nodata
-
-
-def _fits(value: int, dtype: Any) -> bool:
-    info = np.iinfo(dtype)
-    return bool(info.min <= value <= info.max)
+    if len(chosen) == len(bands) and all(
+        can_equal(dataset.dtypes[number - 1], value) for number, value in zip(bands, chosen, strict=True)
+    ):
+        return True, tuple(chosen)
+    floats = all(np.dtype(dataset.dtypes[number - 1]).kind == "f" for number in bands)
+    return floats and any(np.isnan(value) for value in chosen), None

@@ -21,14 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segpipe.config.model import InputConfig
-from segpipe.errors import ConfigError, InputError
+from segpipe.errors import ConfigError, InputError, StorageFull
 from segpipe.rasters import catalogue_file, versions
 from segpipe.rasters import spool as spool_module
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.listing import glob_pattern
 from segpipe.rasters.scene import SceneSource, Version
 from segpipe.rasters.scene_ids import check_scene_id, fold_id
-from segpipe.rasters.scene_list import SceneList, dump_extra, load_extra
+from segpipe.rasters.scene_list import SceneList, dump_extra, load_extra, scratch_explained
 from segpipe.rasters.shards import read_label_member, read_member
 from segpipe.rasters.spool import Draft, Spool
 from segpipe.rasters.templates import parse_template
@@ -144,6 +144,12 @@ def test_several_inputs_are_sorted_together(root: str) -> None:
 def test_what_two_inputs_name_alike_is_one_scene(root: str) -> None:
     put(root, "a.tif", "b.tif")
     assert ids(root, f"{root}/*.tif", f"{root}/a.tif") == ["a", "b"]
+
+
+def test_inputs_that_overlap_under_other_ids_are_refused(root: str) -> None:
+    put(root, "n/a.tif")
+    message = fault(root, f"{root}/n")
+    assert f"{root}/n/a.tif: two inputs name one file, as 'a' and as 'n/a'" in message
 
 
 def test_include_and_exclude_pick_by_id(root: str) -> None:
@@ -558,7 +564,8 @@ def test_every_kind_of_input_works_on_s3(s3_prefix: str) -> None:
     put(root, "shards/t.tar", data=tar.getvalue())
 
     truth = root + "/truth/{stem}.png"
-    assert ids(f"{root}/in", f"{root}/out/none/../../in/s", labels=truth) == ["c", "n/a b", "n/ä+%41", "s/c"]
+    assert ids(f"{root}/in", labels=truth) == ["n/a b", "n/ä+%41", "s/c"]
+    assert ids(f"{root}/out/none/../../in/s/") == ids(f"{root}/out/../in/s/*.tif") == ["c"]
     found = scenes(f"{root}/in/**/*.tif", labels=truth, need_labels=True)
     assert [source.label_uri for source in found][:2] == [f"{root}/truth/a b.png", f"{root}/truth/ä+%41.png"]
     assert [source.valid_uri for source in found] == [f"{root}/in/n/a b.tif.msk", None, None]
@@ -628,6 +635,32 @@ def test_versions_in_the_database_are_the_ones_of_the_sources(archive: SceneList
 def test_a_twin_of_a_planned_scene_is_refused(archive: SceneList) -> None:
     with pytest.raises(InputError, match="by case alone"):
         archive.forget_known([("S1", "x", 0)])
+
+
+def test_a_full_scratch_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    spool = Spool()
+    spool.database.execute("PRAGMA max_page_count = 20")
+
+    def fill() -> None:
+        with scratch_explained():
+            for index in range(20_000):
+                spool.add(Draft(f"s{index}", f"/s{index}.tif", Version(1, "e")))
+
+    with pytest.raises(StorageFull, match="TMPDIR") as caught:
+        fill()
+    assert caught.value.where == str(tmp_path)
+    spool.close()
+
+
+def test_real_archives_are_paired_with_their_labels(shared_data: Path) -> None:
+    tiles = scenes(str(shared_data / "dubai-aerial"), labels="{parent}/../masks/{stem}.png", need_labels=True)
+    assert len(tiles) == 49
+    assert all(source.scene_id.split("/")[1] == "images" for source in tiles)
+    hot = shared_data / "hot-fair-buildings"
+    towns = scenes(str(hot / "scenes"), labels=f"{hot}/masks/{{stem}}.tif", need_labels=True)
+    assert [source.label_uri for source in towns] == sorted(map(str, (hot / "masks").glob("*.tif")))
+    assert len(towns) == 13
 
 
 def test_closing_twice_is_fine(archive: SceneList) -> None:

@@ -21,7 +21,7 @@ from segpipe.inference import kernels
 from segpipe.inference.cpu_path import CpuPath
 from segpipe.inference.device import default_batch_size, has_bf16_units, pick_device, resolve_precision
 from segpipe.inference.engine import Engine, EngineConfig
-from segpipe.inference.jobs import BlockJob, TileRef
+from segpipe.inference.jobs import BlockJob, Done, TileRef
 from segpipe.inference.memory import keep_freed_pages
 from segpipe.inference.network import first_call, fold_batch_norms, prepare_network
 from segpipe.inference.torch_path import TorchPath
@@ -153,11 +153,11 @@ class CountingPath(CpuPath):
         super().start()
         self.sizes = []
 
-    def run(self, tiles: Sequence[TileRef]) -> None:
+    def run(self, tiles: Sequence[TileRef], done: Done) -> None:
         self.sizes.append(len(tiles))
         if len(self.sizes) - 1 == self.fail_on:
             raise RuntimeError("out of memory on the device")
-        super().run(tiles)
+        super().run(tiles, done)
 
 
 @pytest.fixture

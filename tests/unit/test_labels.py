@@ -193,6 +193,8 @@ def test_grey_labels_can_be_mapped_by_colour(scene: Path, tmp_path: Path) -> Non
     label = save(tmp_path / "l.png", Image.fromarray((INDICES == 1).astype(np.uint8) * 255))
     found = read(scene, label, {"#000000": 0, "#ffffff": 1})
     np.testing.assert_array_equal(found, (INDICES == 1).astype(np.uint8))
+    label = write_tiff(tmp_path / "l.tif", (INDICES == 1)[None].astype(np.uint8) * 255, nodata=0)
+    np.testing.assert_array_equal(read(scene, label, {"#000000": 0, "#ffffff": 1}), found)
 
 
 def test_one_bit_labels_are_read(scene: Path, tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""Steady state of ``segpipe predict`` against its own engine, and against a usual script.
+
+Run: python -m pytest -m benchmark -s tests/benchmarks/test_pipeline_speed.py
+Targets: slope / tuned loop >= 0.90 (U-Net 16) and >= 0.85 (LR-ASPP); >= 2.8 x MONAI's
+sliding_window_inference; no-op model >= 85 Mpx/s on 2 cores.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import archives
+import numpy as np
+import pytest
+from engine_loops import LoopProcess
+
+pytestmark = pytest.mark.benchmark
+
+SIDE_PX = 8192
+TILES = 19  # a side of 8192 px has 19 tiles of 512 px with 32 px of margin
+ROUNDS = 2
+
+MONAI_SCRIPT = """
+import sys, time
+import numpy as np, rasterio, torch
+from monai.inferers import sliding_window_inference
+from segpipe.models.file import load_model
+
+model, card = load_model(sys.argv[1])
+mean, std = (torch.tensor(v)[:, None, None] for v in (card.mean, card.std))
+begun = time.perf_counter()
+with rasterio.open(sys.argv[2]) as source:
+    image = torch.from_numpy(source.read())
+    profile = source.profile
+x = ((image.float() - mean) / std)[None]
+with torch.no_grad():
+    logits = sliding_window_inference(x, 512, 4, model, overlap=0.125, mode="constant")
+profile.update(count=1, compress="deflate")
+with rasterio.open(sys.argv[3], "w", **profile) as target:
+    target.write(logits.argmax(1).to(torch.uint8).numpy())
+print(time.perf_counter() - begun)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline")
+
+
+def predict_seconds(archive: Path, model: Path, output: Path, *sets: str) -> float:
+    shutil.rmtree(output, ignore_errors=True)
+    return archives.run_timed(archives.predict_command(archive, model, output, *sets)).seconds
+
+
+@pytest.mark.parametrize("family", ["unet:16", "lraspp_mobilenet_v3_large"])
+def test_steady_state_against_the_engine(folder: Path, family: str) -> None:
+    scene = archives.write_scene(folder / "scene.tif", SIDE_PX)
+    model = archives.write_model(folder / "model.safetensors", family)
+    one, two = (archives.make_archive(folder, scene, copies) for copies in (1, 2))
+    loop = LoopProcess("engine", family, 2, 4, (TILES, TILES))
+    engine_s: list[float] = []
+    slopes: dict[str, list[float]] = {"ray": [], "local": []}
+    for _ in range(ROUNDS):
+        for executor, values in slopes.items():
+            engine_s.append(loop.time())
+            option = f"cluster.executor={executor}"
+            short = predict_seconds(one, model, folder / "run", option)
+            long = predict_seconds(two, model, folder / "run", option)
+            values.append(long - short)
+            print(
+                f"{family} {executor}: {short:.1f} s, {long:.1f} s; engine {engine_s[-1]:.1f} s", flush=True
+            )
+    loop.close()
+    base = archives.median(engine_s)
+    for executor, values in slopes.items():
+        slope = archives.median(values)
+        print(
+            f"{family} {executor}: {TILES**2 / slope:.2f} tiles/s, {SIDE_PX**2 / 1e6 / slope:.2f} Mpx/s, "
+            f"{base / slope:.3f} of the engine loop ({TILES**2 / base:.2f} tiles/s)"
+        )
+
+
+def test_whole_run_against_monai(folder: Path) -> None:
+    pytest.importorskip("monai", reason="pip install monai to compare with it")
+    scene = archives.write_scene(folder / "scene.tif", SIDE_PX)
+    model = archives.write_model(folder / "lraspp.safetensors", "lraspp_mobilenet_v3_large")
+    one, two = (archives.make_archive(folder, scene, copies) for copies in (1, 2))
+    ratios = []
+    for _ in range(ROUNDS):
+        script = [sys.executable, "-c", MONAI_SCRIPT, str(model), str(scene), str(folder / "monai.tif")]
+        monai_s = float(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
+        short = predict_seconds(one, model, folder / "run")
+        long = predict_seconds(two, model, folder / "run")
+        ratios.append(monai_s / (long - short))
+        print(f"monai {monai_s:.1f} s; segpipe {short:.1f} s, slope {long - short:.1f} s", flush=True)
+    print(f"steady state {archives.median(ratios):.2f} x MONAI sliding_window_inference (constant)")
+
+
+NOOP_SCRIPT = '''
+import sys, time
+import torch
+from segpipe.cli.progress import ProgressEvents
+from segpipe.config.load import load_config
+from segpipe.models import file
+from segpipe.models.blocks import SegmentationModel
+from segpipe.pipelines import predict
+
+class Noop(SegmentationModel):
+    """No network: class 0 everywhere, at the resolution of 1/32."""
+    def forward_low(self, x):
+        low = torch.zeros(x.shape[0], 2, x.shape[2] // 32, x.shape[3] // 32)
+        low[:, 0] = 1.0
+        return low
+
+_, card = file.load_model(sys.argv[1])
+file.load_model = lambda uri: (Noop().eval(), card)
+flags = {"input.scenes": [sys.argv[2]], "model": sys.argv[1], "output": sys.argv[3]}
+config = load_config(None, flags, ["cluster.executor=local"], "benchmark")
+begun = time.perf_counter()
+outcome = predict.run_job(predict.prepare(config), ProgressEvents(quiet=True))
+assert outcome.exit_code == 0, outcome
+print(time.perf_counter() - begun)
+'''
+
+
+def test_no_op_model_throughput(folder: Path) -> None:
+    scene = archives.write_scene(folder / "scene.tif", SIDE_PX)
+    model = archives.write_model(folder / "unet.safetensors", "unet:16")
+    sizes = (2, 8)
+    rates = []
+    for _ in range(3):
+        seconds = []
+        for copies in sizes:
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            archive = archives.make_archive(folder, scene, copies)
+            command = [sys.executable, "-c", NOOP_SCRIPT, str(model), str(archive), str(folder / "run")]
+            seconds.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        rates.append((sizes[1] - sizes[0]) * SIDE_PX**2 / 1e6 / (seconds[1] - seconds[0]))
+        print(f"no-op: {seconds[0]:.2f} s, {seconds[1]:.2f} s, {rates[-1]:.1f} Mpx/s", flush=True)
+    print(f"no-op model: {archives.median(rates):.1f} Mpx/s (target 85)")
+
+
+def test_tiles_computed_are_the_fewest(folder: Path) -> None:
+    """Not a timing: with ``blend: crop`` every necessary tile is computed once."""
+    from segpipe.config.card import ClassInfo, ModelCard
+    from segpipe.geometry.grid import make_grid
+    from segpipe.inference.engine import Engine, EngineConfig
+    from segpipe.models.families import build
+
+    card = ModelCard(
+        family="unet",
+        options={"width": 4, "depth": 2},
+        bands=("red", "green", "blue"),
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        tile_px=64,
+        classes=(ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(1, 1, 1))),
+    )
+    model = build("unet", bands=3, classes=2, width=4, depth=2).eval()
+    engine = Engine(model, card, EngineConfig(tile_px=64, batch_size=4))
+    engine.start()
+    grid = make_grid(700, 500, tile_px=64, margin_px=8, block_px=128)
+    image = np.zeros((3, 700, 500), np.uint8)
+    computed = 0
+    begun = time.perf_counter()
+    for block in grid.blocks():
+        rows, cols = block.read.slices_in(block.read.__class__(0, 0, 700, 500))
+        computed += engine.segment(
+            np.ascontiguousarray(image[:, rows, cols]), None, block.tiles
+        ).tiles_computed
+    engine.close()
+    print(
+        f"tiles computed / necessary = {computed / grid.num_tiles:.2f} ({time.perf_counter() - begun:.1f} s)"
+    )
+    assert computed == grid.num_tiles

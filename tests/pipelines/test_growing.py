@@ -1,0 +1,123 @@
+"""A run grows by parts: only new and changed scenes are computed, and readers take the newest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from archive import (
+    make_model,
+    objects,
+    ok,
+    planned,
+    predict,
+    rows,
+    run,
+    tell_changed,
+    whole_masks,
+    write_label,
+    write_scene,
+)
+
+CUT = {"block_px": 64, "unit_px": 8000}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model.safetensors", "pixel")
+
+
+def success(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "_SUCCESS").read_text())
+
+
+def test_only_new_and_changed_scenes_are_computed_and_readers_take_the_newest(
+    tmp_path: Path, model: Path
+) -> None:
+    scenes, out = tmp_path / "in", tmp_path / "run"
+    labels = f"{tmp_path}/labels/{{stem}}.tif"
+    pixels = {name: write_scene(scenes / f"{name}.tif", 70, 90, seed=ord(name)) for name in "abc"}
+    for name in "abcde":
+        write_label(tmp_path / f"labels/{name}.tif", np.zeros((70, 90), np.uint8))
+    first = ok(predict(scenes, model, out, "--labels", labels, "--json", **CUT)).tree
+    before = objects(out)
+    assert success(out)["parts"] == 1
+
+    for name in "de":
+        pixels[name] = write_scene(scenes / f"{name}.tif", 70, 90, seed=ord(name))
+    pixels["b"] = write_scene(scenes / "b.tif", 70, 90, seed=99)
+    tell_changed(scenes / "b.tif")
+    grown = ok(predict(scenes, model, out, "--labels", labels, "--json", **CUT))
+    assert "2 scenes are planned already, 3 are new or changed" in grown.err
+    assert grown.tree["computed"] == grown.tree["units"] - first["units"]
+    parts: dict[int, list[str]] = {}
+    for part, scene in planned(out):
+        parts.setdefault(part, []).append(scene.source.scene_id)
+    assert parts == {0: ["a", "b", "c"], 1: ["b", "d", "e"]}
+    after = objects(out)
+    assert {key: after[key] for key in before} == before, "finished objects are never touched"
+    assert all(key.startswith("masks/part-00001/") for key in after.keys() - before.keys())
+
+    for name, mask in whole_masks(out).items():
+        assert np.array_equal(mask, pixels[name].argmax(axis=0)), name
+    table = pq.read_table(out / "reports/scenes.parquet").to_pydict()
+    assert sorted(table["scene_id"]) == list("abcde")
+    expected_px = sum(int((pixels[name].argmax(axis=0) == 0).sum()) for name in "abcde")
+    confusion = pq.read_table(out / "reports/confusion.parquet").to_pylist()
+    assert sum(row["pixels"] for row in confusion if row["predicted"] == "ground") == expected_px
+    assert sum(row["pixels"] for row in confusion) == 5 * 70 * 90
+    total = success(out)
+    assert total["parts"] == 2
+    assert total["units"] == len(after)
+    assert total["bytes"] == sum(map(len, after.values()))
+    assert total["rows"] == len(rows(out, "scene_id"))
+    assert run("verify", out).code == 0
+
+    third = ok(predict(scenes, model, out, "--labels", labels, "--json", **CUT)).tree
+    assert (third["computed"], third["missing"]) == (0, 0)
+    assert objects(out) == after
+    assert success(out) == total
+
+
+def test_the_index_names_the_rows_of_every_part(tmp_path: Path, model: Path) -> None:
+    write_scene(tmp_path / "in/a.tif", 70, 90)
+    ok(predict(tmp_path / "in", model, tmp_path / "run", **CUT))
+    write_scene(tmp_path / "in/b.tif", 40, 50)
+    ok(predict(tmp_path / "in", model, tmp_path / "run", **CUT))
+    for part, names in ((0, {"a"}), (1, {"b"})):
+        index = pq.read_table(tmp_path / f"run/index/part-{part:05d}.parquet").to_pylist()
+        assert {row["scene_id"] for row in index} == names
+        assert "mask" not in index[0]
+        for row in index:
+            assert (tmp_path / "run" / row["object"]).stat().st_size == row["object_bytes"]
+
+
+def test_a_scene_that_is_taken_out_of_the_input_stays_in_the_run(tmp_path: Path, model: Path) -> None:
+    for name in "ab":
+        write_scene(tmp_path / f"in/{name}.tif", 40, 50)
+    ok(predict(tmp_path / "in", model, tmp_path / "run"))
+    (tmp_path / "in/a.tif").unlink()
+    done = ok(predict(tmp_path / "in", model, tmp_path / "run", "--json")).tree
+    assert (done["computed"], done["summary"]["scenes"]["all"]) == (0, 2)
+
+
+def test_a_changed_label_makes_a_new_version_of_its_scene_alone(tmp_path: Path, model: Path) -> None:
+    for name in "ab":
+        write_scene(tmp_path / f"in/{name}.tif", 40, 50)
+        write_label(tmp_path / f"labels/{name}.tif", np.zeros((40, 50), np.uint8))
+    labels = ("--labels", f"{tmp_path}/labels/{{stem}}.tif")
+    ok(predict(tmp_path / "in", model, tmp_path / "run", *labels))
+    write_label(tmp_path / "labels/a.tif", np.ones((40, 50), np.uint8))
+    tell_changed(tmp_path / "labels/a.tif")
+    ok(predict(tmp_path / "in", model, tmp_path / "run", *labels))
+    assert [(part, scene.source.scene_id) for part, scene in planned(tmp_path / "run")] == [
+        (0, "a"), (0, "b"), (1, "a"),
+    ]  # fmt: skip
+    confusion = pq.read_table(tmp_path / "run/reports/confusion.parquet").to_pylist()
+    by_label: dict[str, int] = {}
+    for row in confusion:
+        by_label[row["label"]] = by_label.get(row["label"], 0) + row["pixels"]
+    assert (by_label["ground"], by_label["roof"], by_label["water"]) == (2000, 2000, 0)
