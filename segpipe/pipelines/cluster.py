@@ -34,7 +34,8 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 _SOURCES_PER_TASK = 250
-_MAX_RESTARTS = 20
+_MAX_RESTARTS = 4
+_ISOLATE_UNITS = 200
 _NO_PROGRESS_TIMEOUT_S = 6 * 3600
 _OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -66,10 +67,23 @@ class RayExecutor:
             yield from scenes
 
     def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
+        left, size = tasks, max(map(len, tasks), default=1)
+        while left:
+            ended: set[Unit] = set()
+            for result in self._run_pool(setup, pool, left):
+                ended.add((result.part, result.unit))
+                yield result
+            lost = [unit for task in left for unit in task if unit not in ended]
+            # A pool whose restarts are used up (nodes that come and go) is made anew while it gets on.
+            if not ended or len(lost) <= _ISOLATE_UNITS * pool.workers:
+                return
+            left = [lost[i : i + size] for i in range(0, len(lost), size)]
+
+    def _run_pool(
+        self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]
+    ) -> Iterator[UnitResult]:
         import ray.data
 
-        if not tasks:
-            return
         _configure_data(ray.data.DataContext.get_current())
         tables = [_unit_table(task) for task in tasks]
         with warnings.catch_warnings():

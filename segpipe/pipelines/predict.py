@@ -48,6 +48,8 @@ from segpipe.pipelines.resources import (
 )
 from segpipe.pipelines.worker import WorkerSetup
 from segpipe.rasters.catalogue import list_scenes
+from segpipe.rasters.labels import parse_label_map
+from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage, open_storage
 
@@ -124,14 +126,30 @@ def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
             raise ConfigError(
                 "this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}."
             )
+        parse_label_map(config.input.label_map, masks.card.num_classes)
+        parse_label_map(config.input.label_map, masks.card.num_classes)
         asked = masks_recipe(masks.recipe_key, config.input.label_map)
         return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, masks_uri)
     if config.model is None:
         raise ConfigError("no model", "model", "Give --model URI of a model.safetensors.")
     with nothing_written():
         card = read_card(config.model)
+    parse_label_map(config.input.label_map, card.num_classes)
         sha256 = model_sha256(config.model)
+    _check_input(config, card)
     return Job(config, card, sha256, recipe(config, card, sha256))
+
+
+def _check_input(config: SegpipeConfig, card: ModelCard) -> None:
+    """Refuse what would fail in every scene."""
+    parse_label_map(config.input.label_map, card.num_classes)
+    bands = config.input.bands
+    if bands != "auto" and len(bands) != len(card.bands):
+        raise ConfigError(
+            f"{len(bands)} bands are named, the model takes {len(card.bands)} ({', '.join(card.bands)})",
+            "input.bands",
+            "Name one band of the file for each band of the model.",
+        )
 
 
 def _as_made(config: SegpipeConfig, masks: RunInfo) -> SegpipeConfig:

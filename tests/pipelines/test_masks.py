@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from archive import CLASSES, TILE_PX, make_model, objects, ok, planned, predict, rows, whole_masks, write_scene
+from archive import (
+    CLASSES,
+    TILE_PX,
+    make_model,
+    objects,
+    ok,
+    planned,
+    predict,
+    rows,
+    whole_masks,
+    write_scene,
+)
 
 import segpipe.inference.engine
 import segpipe.pipelines.predict as driver

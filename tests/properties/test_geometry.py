@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -68,6 +70,15 @@ def test_tiles_stay_inside_the_scene_and_are_as_few_as_can_be(settings: tuple[in
     gaps = np.diff(axis.origins)
     assert gaps.max() - gaps.min() <= 1  # spread evenly
     assert gaps.max() <= tile_px - 2 * margin_px
+
+
+@given(axis_settings())
+def test_origins_are_even_steps_rounded_half_up(settings: tuple[int, int, int]) -> None:
+    axis = make_axis(*settings)
+    steps = max(1, axis.num_tiles - 1)
+    for j, origin in enumerate(axis.origins):
+        exact = Fraction(j * max(0, axis.n_px - axis.tile_px), steps)
+        assert origin == math.floor(exact + Fraction(1, 2))
 
 
 @given(axis_settings(), st.data())

@@ -1,0 +1,194 @@
+"""``segpipe evaluate``: the same scores from a model and from its masks, and the rules of labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from archive import (
+    Done,
+    files,
+    local,
+    make_model,
+    ok,
+    predict,
+    rows,
+    run,
+    scene_pixels,
+    write_label,
+    write_scene,
+)
+
+Array = np.ndarray[Any, Any]
+
+SIZES = {"a": (130, 97), "b": (60, 140), "c": (33, 20)}
+TABLES = ("classes", "confusion", "scenes", "failures")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three scenes with labels of their own noise, and a pixel classifier."""
+    make_model(tmp_path / "model.safetensors", "pixel")
+    for number, (name, size) in enumerate(SIZES.items()):
+        write_scene(tmp_path / f"in/{name}.tif", *size, seed=number)
+        write_label(tmp_path / f"labels/{name}.tif", label_of(name))
+    return tmp_path
+
+
+def label_of(name: str) -> Array:
+    """The right answer, with noise and pixels without truth."""
+    label = scene_pixels(3, *SIZES[name], seed=list(SIZES).index(name)).argmax(axis=0).astype(np.uint8)
+    random = np.random.default_rng(7)
+    noisy = random.random(label.shape) < 0.2
+    label[noisy] = random.integers(0, 3, int(noisy.sum()))
+    label[:5] = 255
+    return label
+
+
+def evaluate(folder: Path, out: str, *more: Any, labels: str | None = None, **settings: Any) -> Done:
+    template = labels or f"{folder}/labels/{{stem}}.tif"
+    arguments = (folder / "in", "--labels", template, "--output", folder / out, *local(**settings))
+    return run("evaluate", *arguments, *more)
+
+
+def table(folder: Path, out: str, name: str) -> list[dict[str, Any]]:
+    return pq.read_table(folder / out / f"reports/{name}.parquet").to_pylist()
+
+
+def test_scores_are_those_of_the_confusion_counted_by_hand(folder: Path) -> None:
+    done = ok(evaluate(folder, "run", "--model", folder / "model.safetensors", block_px=50)).out
+    matrix = np.zeros((3, 3), int)
+    for number, (name, size) in enumerate(SIZES.items()):
+        label, mask = label_of(name), scene_pixels(3, *size, seed=number).argmax(axis=0)
+        known = label != 255
+        np.add.at(matrix, (label[known], mask[known]), 1)
+    names = ("ground", "roof", "water")
+    found = {(row["label"], row["predicted"]): row["pixels"] for row in table(folder, "run", "confusion")}
+    assert found == {(names[i], names[j]): matrix[i, j] for i in range(3) for j in range(3)}
+    for index, row in enumerate(table(folder, "run", "classes")):
+        hit, wanted, given = matrix[index, index], matrix[index].sum(), matrix[:, index].sum()
+        assert row["iou"] == pytest.approx(hit / (wanted + given - hit))
+        assert row["dice"] == pytest.approx(2 * hit / (wanted + given))
+        assert row["support_px"] == wanted
+        assert f"{row['iou']:.4f}" in done or f"{row['iou']:.3f}" in done
+    assert {row["scene_id"]: row["label_px"] for row in table(folder, "run", "scenes")} == {
+        name: int((label_of(name) != 255).sum()) for name in SIZES
+    }
+
+
+def test_scores_of_masks_are_those_of_the_model(folder: Path) -> None:
+    model = folder / "model.safetensors"
+    ok(evaluate(folder, "by-model", "--model", model, block_px=50, unit_px=4000))
+    ok(predict(folder / "in", model, folder / "masks", block_px=70, margin_px=4))
+    for out, cut in (("as-made", {"block_px": 70}), ("other-cut", {"block_px": 40, "unit_px": 3000})):
+        ok(evaluate(folder, out, "--masks", folder / "masks", **cut))
+        for name in TABLES:
+            assert table(folder, out, name) == table(folder, "by-model", name), (out, name)
+        assert all(row["mask"] is None for row in rows(folder / out, "mask"))
+        summary = json.loads((folder / out / "reports/summary.json").read_text())
+        expected = json.loads((folder / "by-model/reports/summary.json").read_text())
+        assert summary["scores"] == expected["scores"]
+    assert len(rows(folder / "other-cut", "unit")) > len(rows(folder / "as-made", "unit"))
+    assert run("verify", folder / "other-cut").code == 0
+
+
+def test_masks_of_a_grown_run_are_scored_in_their_newest_version(folder: Path) -> None:
+    model = folder / "model.safetensors"
+    write_scene(folder / "in/b.tif", *SIZES["b"], seed=50)
+    ok(predict(folder / "in", model, folder / "masks"))
+    write_scene(folder / "in/b.tif", *SIZES["b"], seed=1)
+    ok(predict(folder / "in", model, folder / "masks"))
+    ok(evaluate(folder, "by-model", "--model", model))
+    ok(evaluate(folder, "by-masks", "--masks", folder / "masks"))
+    assert table(folder, "by-masks", "confusion") == table(folder, "by-model", "confusion")
+
+
+def test_scenes_without_masks_are_failed_rows_when_masks_are_scored(folder: Path) -> None:
+    ok(predict(folder / "in/a.tif", folder / "model.safetensors", folder / "masks"))
+    done = evaluate(folder, "run", "--masks", folder / "masks")
+    assert done.code == 5
+    states = {row["scene_id"]: row["status"] for row in table(folder, "run", "scenes")}
+    assert states == {"a": "ok", "b": "failed", "c": "failed"}
+    assert {row["error_kind"] for row in table(folder, "run", "failures")} == {"mask_missing"}
+    assert all(row["label_px"] for row in table(folder, "run", "failures")), "no label drops out unseen"
+
+
+def test_scores_of_scores_are_refused(folder: Path) -> None:
+    ok(predict(folder / "in", folder / "model.safetensors", folder / "masks"))
+    ok(evaluate(folder, "scores", "--masks", folder / "masks"))
+    evaluate(folder, "more", "--masks", folder / "scores").refused(2, "no masks", str(folder / "masks"))
+    assert not (folder / "more").exists()
+
+
+def test_a_label_of_another_size_or_with_unmapped_values_is_a_failed_row_and_the_rest_is_done(
+    folder: Path,
+) -> None:
+    write_label(folder / "labels/a.tif", np.zeros((130, 96), np.uint8))
+    write_label(folder / "labels/c.tif", np.full((33, 20), 7, np.uint8))
+    done = evaluate(folder, "run", "--model", folder / "model.safetensors")
+    assert done.code == 5
+    assert "Traceback" not in done.err
+    assert "2 of 3 scenes have failed" in done.err
+    failures = {row["scene_id"]: row for row in table(folder, "run", "failures")}
+    assert {name: row["error_kind"] for name, row in failures.items()} == {
+        "a": "label_size", "c": "label_value",
+    }  # fmt: skip
+    assert "130 x 96" in failures["a"]["error"]
+    assert "7" in failures["c"]["error"]
+    assert (folder / "run/_SUCCESS").exists()
+
+
+def test_a_label_map_gives_values_their_classes(folder: Path) -> None:
+    for name in SIZES:
+        label = label_of(name)
+        write_label(
+            folder / f"labels/{name}.tif", np.where(label == 255, 255, label * 40 + 7).astype("uint8")
+        )
+    maps = [
+        word
+        for key, index in ((7, 0), (47, 1), (87, 2))
+        for word in ("--set", f"input.label_map.{key}={index}")
+    ]
+    ok(evaluate(folder, "mapped", "--model", folder / "model.safetensors", *maps))
+    for name in SIZES:
+        write_label(folder / f"labels/{name}.tif", label_of(name))
+    ok(evaluate(folder, "plain", "--model", folder / "model.safetensors"))
+    assert table(folder, "mapped", "confusion") == table(folder, "plain", "confusion")
+
+
+def test_a_template_that_finds_no_label_is_refused_and_nothing_is_written(folder: Path) -> None:
+    (folder / "labels/b.tif").unlink()
+    done = evaluate(folder, "run", "--model", folder / "model.safetensors")
+    done.refused(2, "no label for 1 of 3 scenes", f"{folder}/labels/b.tif", "'b'", "template")
+    assert not (folder / "run").exists()
+
+
+def test_an_empty_label_in_a_catalogue_gives_no_counts_for_its_scene(folder: Path) -> None:
+    catalogue = folder / "list.csv"
+    with catalogue.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["uri", "label", "town"])
+        writer.writerow(["in/a.tif", "labels/a.tif", "north"])
+        writer.writerow(["in/b.tif", "", "south"])
+    arguments = ("--model", folder / "model.safetensors", "--output", folder / "run", *local())
+    ok(run("evaluate", catalogue, *arguments))
+    found = {row["scene_id"]: row for row in rows(folder / "run", "scene_id", "label_px", "confusion")}
+    assert set(found) == {"in/a", "in/b"}
+    assert (found["in/b"]["label_px"], found["in/b"]["confusion"]) == (None, None)
+    assert found["in/a"]["label_px"] == int((label_of("a") != 255).sum())
+    assert pq.read_table(folder / "run/plan/part-00000.parquet")["town"].to_pylist() == ["north", "south"]
+
+
+def test_evaluate_without_labels_or_model_is_refused(folder: Path) -> None:
+    model = folder / "model.safetensors"
+    run("evaluate", folder / "in", "--model", model, "--output", folder / "run", *local()).refused(2, "label")
+    run("evaluate", folder / "in", "--labels", "{stem}.png", "--output", folder / "run").refused(2, "--masks")
+    evaluate(folder, "run", "--model", model, "--masks", folder / "in").refused(2, "exclude each other")
+    evaluate(folder, "run", "--masks", folder / "in").refused(2, "not a run")
+    evaluate(folder, "run", "--model", model, "--set", "input.label_map.7=3").refused(2, "classes 0 to 2")
+    assert not (folder / "run").exists()
