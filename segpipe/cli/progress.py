@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from segpipe.pipelines.events import Events
+from segpipe.pipelines.events import Events, counted
 
 if TYPE_CHECKING:
     from segpipe.pipelines.worker import UnitResult
@@ -44,7 +44,7 @@ class ProgressEvents(Events):
 
     def planned(self, scenes: int, total: int) -> None:
         if scenes == total and total > 1:
-            self._print(f"planned {total} scenes")
+            self._print(f"planned {counted(total, 'scene')}")
         elif self._due():
             self._print(f"reading headers: {scenes} of {total} scenes")
 
@@ -52,10 +52,10 @@ class ProgressEvents(Events):
         self._missing = missing
         self._started_s = self._last_line_s = time.monotonic()
         if not missing:
-            self._print(f"all {units} units are there already; nothing to compute")
+            self._print("all units are there already; nothing to compute")
             return
-        there = f", {units - missing} are there already" if missing < units else ""
-        self._print(f"{missing} units to compute{there}")
+        there = f", {units - missing} there already" if missing < units else ""
+        self._print(f"{counted(missing, 'unit')} to compute{there}")
         if self._on_terminal():
             self._open_bar()
 
@@ -84,7 +84,7 @@ class ProgressEvents(Events):
             left_s = elapsed_s / self._ended * (self._missing - self._ended)
             parts.append(f"ETA {format_duration(left_s)}")
         if self._failed_blocks:
-            parts.append(f"{self._failed_blocks} blocks failed")
+            parts.append(f"{counted(self._failed_blocks, 'block')} failed")
         return "  ".join(parts)
 
     def _due(self) -> bool:

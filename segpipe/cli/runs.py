@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from segpipe.cli.progress import ProgressEvents
+
+if TYPE_CHECKING:
+    from segpipe.masks.verify import Finding
 
 
 def verify_command(run: str, *, full: bool, as_json: bool) -> int:
@@ -16,12 +20,18 @@ def verify_command(run: str, *, full: bool, as_json: bool) -> int:
     from segpipe.reports.ledger import render_ledger
     from segpipe.storage import open_storage
 
-    verification = verify_run(open_storage(run), full=full)
+    # Every finding is named as it is found; the tables at the end keep the first few.
+    verification = verify_run(open_storage(run), full=full, on_finding=_print_finding)
     if as_json:
         print(json.dumps(verification.to_json()))
     else:
         render_ledger(verification, Console())
     return verification.exit_code
+
+
+def _print_finding(finding: Finding) -> None:
+    reason = f": {finding.reason}" if finding.reason else ""
+    print(f"{finding.kind}: {finding.key}{reason}", file=sys.stderr)
 
 
 def report_command(run: str, *, executor: str, as_json: bool) -> int:

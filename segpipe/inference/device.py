@@ -17,7 +17,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "fp16": torch.float16,
 }
 
-_CPU_BATCH: Final = 4
+_CPU_BATCH: Final = 1  # every compute thread runs batches of its own: one tile fits the caches best
 _CUDA_BATCH: Final = 32
 
 

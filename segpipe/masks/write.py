@@ -89,6 +89,7 @@ def encode_unit(rows: Sequence[Row], schema: Any) -> bytes:
         compression=codecs,
         use_dictionary=False,
         write_statistics=_STATISTICS,
+        write_page_checksum=True,
         store_schema=False,
     )
     with writer:

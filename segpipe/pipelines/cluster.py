@@ -134,6 +134,7 @@ class RayExecutor:
 
     def close(self) -> None:
         ray.shutdown()
+        _print_ray_messages(True)
 
 
 class PoolWorker:
@@ -208,6 +209,7 @@ def _start_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     handlers = _main_thread_handlers()
+    _print_ray_messages(False)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -251,6 +253,11 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def _print_ray_messages(enabled: bool) -> None:
+    """Switch what Ray prints by itself, of workers that die, to stdout of all places: that is for results."""
+    ray._private.worker._worker_logs_enabled = enabled
 
 
 def _main_thread_handlers() -> dict[signal.Signals, Any]:

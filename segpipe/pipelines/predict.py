@@ -33,7 +33,7 @@ from segpipe.masks.run import (
     require_run,
 )
 from segpipe.models.header import model_sha256, read_card
-from segpipe.pipelines.events import Events
+from segpipe.pipelines.events import Events, counted
 from segpipe.pipelines.local import Executor, LocalExecutor, Unit
 from segpipe.pipelines.plan import FindMasks, Inspect, PlanTotals, known_scenes, make_plan, plan_part
 from segpipe.pipelines.report import make_reports
@@ -48,7 +48,6 @@ from segpipe.pipelines.resources import (
 )
 from segpipe.pipelines.worker import WorkerSetup
 from segpipe.rasters.catalogue import list_scenes
-from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage, open_storage
@@ -127,14 +126,12 @@ def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
                 "this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}."
             )
         parse_label_map(config.input.label_map, masks.card.num_classes)
-        parse_label_map(config.input.label_map, masks.card.num_classes)
         asked = masks_recipe(masks.recipe_key, config.input.label_map)
         return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, masks_uri)
     if config.model is None:
         raise ConfigError("no model", "model", "Give --model URI of a model.safetensors.")
     with nothing_written():
         card = read_card(config.model)
-    parse_label_map(config.input.label_map, card.num_classes)
         sha256 = model_sha256(config.model)
     _check_input(config, card)
     return Job(config, card, sha256, recipe(config, card, sha256))
@@ -215,6 +212,7 @@ def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
                 plan_part(inspect([source for source, _ in page]), info.facts, totals)
                 done += len(page)
                 events.planned(done, total)
+            _announce(totals, scenes, events)
             return DryRun(totals, scenes.num_known, info.facts, pool, hardware)
     finally:
         executor.close()
@@ -281,18 +279,19 @@ def _mask_finder(job: Job) -> FindMasks | None:
 
 def _announce(totals: PlanTotals, scenes: SceneList, events: Events) -> None:
     if scenes.num_known:
-        events.message(f"{scenes.num_known} scenes are planned already, {totals.scenes} are new or changed")
+        known = counted(scenes.num_known, "scene")
+        events.message(f"{known} planned already, {totals.scenes} new or changed")
     for count, names, what in (
-        (totals.num_coarser, totals.coarser, "have pixels more than 1.5 x coarser than the model's"),
+        (totals.num_coarser, totals.coarser, "with pixels more than 1.5 x coarser than the model's"),
         (
             totals.num_extra_bands,
             totals.extra_bands,
-            "have more bands than the model takes; the first are used",
+            "with more bands than the model takes, of which the first are used",
         ),
     ):
         if count:
             more = f" and {count - len(names)} more" if count > len(names) else ""
-            events.warning(f"{count} scenes {what}: {', '.join(names)}{more}")
+            events.warning(f"{counted(count, 'scene')} {what}: {', '.join(names)}{more}")
 
 
 def _complete(
@@ -307,7 +306,7 @@ def _complete(
     deferred = _consume(executor.run(setup, pool, tasks), outcome, events)
     lost = [unit for unit in missing_units(storage)[0] if unit not in deferred]
     if lost:
-        events.warning(f"{len(lost)} units ended with their worker; they run again, each alone")
+        events.warning(f"{counted(len(lost), 'unit')} ended with a worker and will run again alone")
         _consume(executor.isolate(setup, pool, lost), outcome, events)
     outcome.missing = len(missing_units(storage)[0])
     outcome.summary = make_reports(storage, info, executor, events, complete=outcome.missing == 0)
@@ -329,10 +328,10 @@ def _consume(results: Iterator[Any], outcome: Outcome, events: Events) -> set[Un
         if result.error not in outcome.deferred and len(outcome.deferred) < 5:
             outcome.deferred.append(result.error)
         if result.fatal:
+            # The text names the place already, and often what to do.
+            goes_on = "The same command goes on where this one stopped."
             raise StorageError(
-                result.error,
-                outcome.uri,
-                "Repair the storage; the same command goes on where this one stopped.",
+                result.error.removesuffix("."), fix="" if "same command" in result.error else goes_on
             )
     return deferred
 

@@ -67,7 +67,15 @@ def write_archive(folder: Path, sides_px: Mapping[str, int]) -> Archive:
     for seed, (name, side_px) in enumerate(sides_px.items()):
         coarse = np.random.default_rng(seed).integers(0, 255, (3, -(-side_px // 8), -(-side_px // 8)))
         pixels = np.kron(coarse, np.ones((1, 8, 8), int))[:, :side_px, :side_px].astype("uint8")
-        write_tiff(scenes / f"{name}.tif", pixels, compress="deflate", **UTM33)
+        write_tiff(
+            scenes / f"{name}.tif",
+            pixels,
+            compress="deflate",
+            tiled=True,
+            blockxsize=128,
+            blockysize=128,
+            **UTM33,
+        )
     return Archive(scenes, write_model(folder / "model.safetensors"))
 
 

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
-    """Twelve units: nine of the scene ``big`` (a 3 x 3 grid of blocks) and those of three small scenes."""
+    """Twelve units: nine of the scene ``big`` (a 3 x 3 grid of blocks) and one a small scene."""
     sides_px = {"big": 380, "small-a": 128, "small-b": 120, "small-c": 100}
     return write_archive(tmp_path_factory.mktemp("archive"), sides_px)
 

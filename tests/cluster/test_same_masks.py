@@ -21,7 +21,7 @@ def scene_masks(run_folder: Path) -> dict[str, np.ndarray]:
     storage = open_storage(str(run_folder))
     reader = MaskReader(storage)
     masks = {}
-    for scene in load_part(storage, 0, require_run(storage).facts).scenes:
+    for scene in load_part(storage, 0, require_run(storage).facts).scenes():
         units = SceneUnits(scene.source.scene_id, 0, scene.first_unit, scene.units)
         mask, missing_px = reader.read(units, Window(0, 0, scene.header.height, scene.header.width))
         assert missing_px == 0

@@ -72,5 +72,7 @@ def test_an_error_in_a_workers_start_is_the_commands_error(archive: Archive, fol
     code, command = run(Archive(archive.scenes, model, archive.args).predict(folder / "run"), folder)
     assert code == 2
     assert_quiet(command.stderr)
-    assert f"error: {model}: the weights do not fit the model card: missing" in command.stderr.splitlines()[-1]
+    assert (
+        f"error: {model}: the weights do not fit the model card: missing" in command.stderr.splitlines()[-1]
+    )
     assert str(REPOSITORY / "segpipe") not in command.stderr

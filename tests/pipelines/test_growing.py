@@ -51,7 +51,7 @@ def test_only_new_and_changed_scenes_are_computed_and_readers_take_the_newest(
     pixels["b"] = write_scene(scenes / "b.tif", 70, 90, seed=99)
     tell_changed(scenes / "b.tif")
     grown = ok(predict(scenes, model, out, "--labels", labels, "--json", **CUT))
-    assert "2 scenes are planned already, 3 are new or changed" in grown.err
+    assert "2 scenes planned already, 3 new or changed" in grown.err
     assert grown.tree["computed"] == grown.tree["units"] - first["units"]
     parts: dict[int, list[str]] = {}
     for part, scene in planned(out):

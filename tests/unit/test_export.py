@@ -18,6 +18,7 @@ from masks_run import CLASSES, UTM_TRANSFORM, MadeRun, MadeScene, build_run, mak
 
 from segpipe.errors import IncompleteError, InputError, StorageError, StorageFull
 from segpipe.masks.run import unit_key
+from segpipe.masks.verify import verify_run
 from segpipe.pipelines import export as export_module
 from segpipe.pipelines.export import SceneExport, export_run
 from segpipe.rasters import cog
@@ -372,3 +373,16 @@ def test_exports_go_to_any_storage() -> None:
     ):
         np.testing.assert_array_equal(dataset.read(1), scene.classes())
     assert export(run, f"memory://{name}/out")[0].already_there == 1
+
+
+@pytest.mark.s3
+def test_a_run_in_object_storage_is_verified_and_exported_there(s3_bucket: str) -> None:
+    scenes = [MadeScene("a b", 150, 190, labelled=True), MadeScene("c/d")]
+    run = build_run(f"{s3_bucket}/run", [scenes])
+    assert verify_run(run.storage, full=True).exit_code == 0
+    result, _ = export(run, f"{s3_bucket}/out")
+    assert (result.exported, result.exit_code) == (2, 0)
+    data = open_storage(f"{s3_bucket}/out").read("a b.tif")
+    with rasterio.MemoryFile(data) as file, file.open() as dataset:
+        np.testing.assert_array_equal(dataset.read(1), scenes[0].classes())
+    assert export(run, f"{s3_bucket}/out")[0].already_there == 2

@@ -1,0 +1,92 @@
+"""The engine alone against the usual loop, pixels in memory: ``pytest -m benchmark -s`` prints the table.
+
+Variants are live processes that take turns (A B A B ...), so that other load falls on all alike; ratios are
+of medians. Times are printed and never asserted; classes are.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+from engine_loops import LoopProcess
+
+pytestmark = pytest.mark.benchmark
+
+ROUNDS: Final = 3
+NAIVE_BATCHES: Final = (1, 2, 4, 8)
+BEST_NAIVE_TARGET: Final = 1.8
+"""The engine against the naive loop at its own best batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One network and what the engine must reach with it."""
+
+    family: str
+    classes: int
+    tiles: tuple[int, int]
+    batches: tuple[int, ...]
+    target: float
+    """The engine against the naive loop at the same batch."""
+    differing_ppm: float
+    """Pixels in a million that may have another class."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.classes}"
+
+
+CASES: Final = (
+    Case("lraspp_mobilenet_v3_large", 2, (4, 4), (4, 8), 2.5, 1.0),
+    Case("lraspp_mobilenet_v3_large", 19, (4, 4), (4,), 2.5, 5.0),
+    Case("unet:16", 2, (2, 4), (4,), 3.0, 1.0),
+)
+
+
+def _machine() -> str:
+    return (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_engine_speed_against_the_naive_loop(case: Case, tmp_path: Path) -> None:
+    variants = [("naive", batch) for batch in NAIVE_BATCHES] + [("engine", b) for b in (1, *case.batches)]
+    processes = {
+        variant: LoopProcess(variant[0], case.family, case.classes, variant[1], case.tiles)
+        for variant in variants
+    }
+    try:
+        seconds: dict[tuple[str, int], list[float]] = {variant: [] for variant in variants}
+        for _ in range(ROUNDS):
+            for variant, process in processes.items():
+                seconds[variant].append(process.time())
+        median = {variant: statistics.median(times) for variant, times in seconds.items()}
+        masks = {variant: processes[variant].mask(tmp_path / "mask.npy") for variant in variants}
+        mpx = processes[variants[0]].answer["px"] / 1e6
+    finally:
+        for process in processes.values():
+            process.close()
+    best_naive = min(median["naive", batch] for batch in NAIVE_BATCHES)
+    print(f"\n{case.name} on {_machine()}; {mpx:.1f} Mpx of 512 px tiles, median of {ROUNDS} rounds in turns")
+    for (loop, batch), time_s in median.items():
+        line = f"  {loop:6} batch {batch}: {mpx / time_s:6.2f} Mpx/s"
+        if loop == "engine":
+            same = median["naive", batch] / time_s
+            best = best_naive / time_s
+            ppm = (masks[loop, batch] != masks["naive", 4]).mean() * 1e6
+            line += f"  {same:.2f} x naive at this batch (target {case.target})"
+            line += f"  {best:.2f} x naive at its best (target {BEST_NAIVE_TARGET})"
+            line += f"  {ppm:.2f} differing pixels in 10^6 (allowed {case.differing_ppm:g})"
+        print(line)
+    for variant in variants:
+        assert (masks[variant] != masks["naive", 4]).mean() < 1e-5, f"{variant} gives other classes"
+        assert len(set(masks[variant].ravel().tolist())) == case.classes, (
+            "the case does not exercise all classes"
+        )

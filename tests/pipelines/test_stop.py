@@ -1,0 +1,82 @@
+"""Ctrl-C and SIGTERM stop a run within seconds, and the same command goes on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from archive import local, make_model, objects, ok, predict, run, start, write_scene
+
+CUT = {"block_px": 64, "unit_px": 5000}
+
+# Each unit takes a while, so that there is a middle to stop in.
+SLOW = """
+import time, segpipe.masks.write as w
+real = w.encode_unit
+def slow(*args):
+    time.sleep(0.2)
+    return real(*args)
+w.encode_unit = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archive")
+    make_model(folder / "model.safetensors")
+    write_scene(folder / "in/big.tif", 400, 420)
+    ok(predict(folder / "in", folder / "model.safetensors", folder / "undisturbed", **CUT))
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_soon_and_cleanly_and_the_same_command_completes_it(
+    archive: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    model, out = archive / "model.safetensors", tmp_path / "run"
+    command = ("predict", archive / "in", "--model", model, "--output", out, *local(**CUT))
+    process = start(*command, code=SLOW)
+    try:
+        end = time.monotonic() + 90
+        while not list(out.glob("masks/*/*.parquet")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(number)
+        sent_s = time.monotonic()
+        stdout, stderr = process.communicate(timeout=60)
+        took_s = time.monotonic() - sent_s
+    finally:
+        process.kill()
+    assert process.returncode == code, stderr
+    assert took_s < 10
+    assert "Traceback" not in stderr
+    assert "the same command goes on where this one stopped" in stderr
+    assert stdout == ""
+    whole = objects(archive / "undisturbed")
+    found = objects(out)
+    assert 0 < len(found) < len(whole)
+    assert all(whole[key] == data for key, data in found.items())
+    assert not (out / "_SUCCESS").exists()
+    assert not (out / ".tmp").exists()
+    ok(run(*command))
+    assert objects(out) == whole
+
+
+def test_a_signal_while_it_starts_leaves_no_traceback(archive: Path, tmp_path: Path) -> None:
+    arguments = ("--model", archive / "model.safetensors", "--output", tmp_path / "run", *local(**CUT))
+    process = start("predict", archive / "in", *arguments)
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "run/run.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
