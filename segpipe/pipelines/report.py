@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -56,9 +57,14 @@ def make_reports(
     totals = Totals()
     with tempfile.TemporaryFile() as scenes_file, tempfile.TemporaryFile() as failures_file:
         builder = ReportBuilder(info.card.classes, scenes_file, failures_file)
-        for part in parts:
-            totals += _report_part(storage, part, newest, builder, executor, events)
-        planned = None if complete else _planned(storage, info, parts, newest)
+        try:
+            for part in parts:
+                totals += _report_part(storage, part, newest, builder, executor, events)
+            planned = None if complete else _planned(storage, info, parts, newest)
+        except BaseException:
+            with suppress(Exception):
+                builder.close()  # its writers must end before their files do
+            raise
         reports = builder.close(_about(info), planned)
         _put_reports(storage, info, reports, _content(scenes_file), _content(failures_file))
     if complete:

@@ -175,7 +175,7 @@ def tagged(tag: str = "") -> dict[int, str]:
 
 
 def interrupt(command: Command, number: signal.Signals) -> float:
-    """Signal the command as a terminal (SIGINT, to the group) or a scheduler does; return seconds to its end."""
+    """Signal as a terminal (SIGINT, to the whole group) or a scheduler does; return seconds to its end."""
     begin = time.monotonic()
     if number is signal.SIGINT:
         os.killpg(command.process.pid, number)

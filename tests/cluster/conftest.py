@@ -1,4 +1,4 @@
-"""What the Ray tests share: one small archive, one undisturbed run of it, and a check for what is left over."""
+"""What the Ray tests share: a small archive, an undisturbed run of it, a check for what is left over."""
 
 from __future__ import annotations
 

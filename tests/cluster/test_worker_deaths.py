@@ -49,7 +49,7 @@ def test_a_unit_that_kills_its_worker_becomes_a_failed_row_and_the_rest_is_done(
     rows = pq.read_table(folder / "run" / changed[0]).to_pylist()
     assert {(row["status"], row["error_kind"]) for row in rows} == {("failed", "kills_worker")}
     assert "small-b" in {row["scene_id"] for row in rows}
-    code, again = run(archive.predict(folder / "run", "--executor", "local"), folder)
+    code, _ = run(archive.predict(folder / "run", "--executor", "local"), folder)
     assert code == 5, "a failed unit is done: running again changes nothing"
     assert mask_objects(folder / "run") == objects
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import rasterio.errors
 import torch
 from rasters import UTM33, write_tiff
 
@@ -96,7 +98,9 @@ def write_scene(
             "crs": "EPSG:32633",
             "transform": rasterio.Affine(pixel_m, 0, 500_000.0 + seed, 0, -pixel_m, 5_000_000.0),
         }
-    write_tiff(path, pixels, compress="deflate", **(layout | profile))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        write_tiff(path, pixels, compress="deflate", **(layout | profile))
     return pixels
 
 
