@@ -1,0 +1,75 @@
+"""What the README says can be typed as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+
+from archive import ok, run, scene_pixels, write_label, write_scene, make_model  # noqa: I001
+
+from segpipe.cli.main import app
+from segpipe.config.load import load_config
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def usage_lines() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("segpipe ")]
+
+
+def test_the_commands_of_the_readme_run_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in range(2):
+        write_scene(tmp_path / f"archive/scene{seed}.tif", 70, 90, seed=seed)
+        label = scene_pixels(1, 70, 90, seed)[0] % 2
+        write_label(tmp_path / f"labels/scene{seed}.tif", label)
+    make_model(tmp_path / "model.safetensors")
+    lines = usage_lines()
+    assert [line.split()[1] for line in lines] == ["predict", "evaluate", "verify", "export"]
+    for line in lines:
+        more = ["--executor", "local"] if line.split()[1] in ("predict", "evaluate") else []
+        if line.split()[1] == "predict":
+            more += ["--set", "inference.margin_px=8"]
+        ok(run(*shlex.split(line)[1:], *more))
+    assert sorted(path.name for path in (tmp_path / "geotiff").glob("*.tif")) == ["scene0.tif", "scene1.tif"]
+
+
+def test_the_readme_s_config_is_valid() -> None:
+    (text,) = blocks("yaml")
+    config = load_config(text, {}, [], "README.md")
+    assert config.output == "s3://masks/2026-buildings"
+
+
+def test_the_readme_has_one_line_to_run_it_and_one_to_test_it() -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if "pip install" in line]
+    assert len(lines) == 2
+    assert lines[0].endswith(".venv/bin/segpipe demo")
+    assert lines[1].endswith(".venv/bin/python -m pytest")
+
+
+def test_files_and_modules_that_the_readme_names_exist() -> None:
+    named = re.findall(r"`((?:segpipe|jobs|docs)/[\w./]+)`", README) + re.findall(r"\]\(([\w./-]+)\)", README)
+    assert named
+    missing = [name for name in named if not (REPOSITORY / name).exists()]
+    assert not missing
+
+
+def test_every_command_has_a_help_text() -> None:
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert {"predict", "evaluate", "verify", "report", "export", "demo"} <= names
+    for command in app.registered_commands:
+        assert command.callback.__doc__
