@@ -73,3 +73,11 @@ def test_every_command_has_a_help_text() -> None:
     assert {"predict", "evaluate", "verify", "report", "export", "demo"} <= names
     for command in app.registered_commands:
         assert command.callback.__doc__
+
+
+def test_the_format_page_names_every_column_and_kind() -> None:
+    from segpipe.errors import ERROR_KINDS
+    from segpipe.masks.schema import MASK_SCHEMA
+
+    page = (REPOSITORY / "docs" / "format.md").read_text(encoding="utf-8")
+    assert [name for name in (*MASK_SCHEMA.names, *ERROR_KINDS) if name not in page] == []
