@@ -14,6 +14,7 @@ LEVELS = {
     "pipelines": 5,
     "reports": 4,
     "inference": 4,
+    "datasets": 4,
     "models": 3,
     "masks": 3,
     "rasters": 3,

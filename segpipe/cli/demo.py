@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from segpipe.cli.jobs import read_config
+from segpipe.cli.jobs import print_outcome, read_config
 from segpipe.cli.progress import ProgressEvents
+from segpipe.cli.runs import export_command
 from segpipe.config.model import InputConfig
 from segpipe.demo.archive import DemoArchive, demo_archive
 from segpipe.geometry.grid import Window
 from segpipe.masks.plan import load_part
 from segpipe.masks.read import MaskReader, SceneUnits
 from segpipe.masks.run import list_parts, require_run
-from segpipe.pipelines.export import export_run
 from segpipe.pipelines.predict import prepare, run_job
 from segpipe.rasters.labels import open_label
 from segpipe.rasters.reader import open_scene
@@ -39,17 +37,18 @@ def demo_command(output: str, *, executor: str) -> int:
     with ProgressEvents() as events:
         outcome = run_job(prepare(config), events, need_labels=True)
     if outcome.exit_code:
+        print_outcome(outcome, as_json=False, scores=True)
         return outcome.exit_code
-    exported = export_run(run, f"{output}/geotiff", scenes_glob=None, partial=False, workers=2)
-    pictures = _draw(run, Path(output) / "pictures", config.input)
+    code = export_command(run, f"{output}/geotiff", scenes=None, partial=False, workers=2, as_json=False)
+    pictures = _draw(run, f"{output}/pictures", config.input)
     print_scores(outcome.summary, Console())
-    _print_places(output, exported.exported + exported.already_there, pictures, archive)
-    return 0
+    _print_places(output, pictures, archive)
+    return code
 
 
-def _draw(run: str, folder: Path, config: InputConfig) -> int:
+def _draw(run: str, folder: str, config: InputConfig) -> int:
     """Write a picture per scene and return how many."""
-    storage, target = open_storage(run), open_storage(str(folder))
+    storage, target = open_storage(run), open_storage(folder)
     info = require_run(storage)
     reader = MaskReader(storage)
     count = 0
@@ -73,9 +72,9 @@ def _draw(run: str, folder: Path, config: InputConfig) -> int:
     return count
 
 
-def _print_places(output: str, exported: int, pictures: int, archive: DemoArchive) -> None:
+def _print_places(output: str, pictures: int, archive: DemoArchive) -> None:
     print(f"masks     {output}/run/masks  (Parquet: open with DuckDB, GeoPandas, pandas)")
     print(f"report    {output}/run/reports/report.html")
-    print(f"GeoTIFFs  {output}/geotiff  ({exported} Cloud-Optimized GeoTIFFs)")
+    print(f"GeoTIFFs  {output}/geotiff  (Cloud-Optimized, open in QGIS)")
     print(f"pictures  {output}/pictures  ({pictures})")
     print(f"sources   {archive.attribution}")

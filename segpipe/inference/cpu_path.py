@@ -76,15 +76,22 @@ class CpuPath:
             self._model, device="cpu", precision=config.precision, compile_network=config.compile
         )
         input_BHWN = self._inputs.get()
-        with torch.inference_mode():
-            low = first_call(self._forward, _as_images(input_BHWN), compile_network=config.compile)
-        scratch_HW = np.zeros((side, side), np.uint8)
-        self._classes(_as_rows(low)[0], (0, 1, 0, 1), scratch_HW, 0, 0)
-        pixels_NHW = np.zeros((bands, 2, 2), self._card.dtype)
-        self._fill(input_BHWN[0], pixels_NHW, np.ones((2, 2), np.uint8), 0, 0, (2, 2), 1)
+        with ThreadPoolExecutor(1, "segpipe-kernels") as beside:
+            loaded = beside.submit(self._load_kernels)
+            with torch.inference_mode():
+                low = first_call(self._forward, _as_images(input_BHWN), compile_network=config.compile)
+            loaded.result()
+        self._classes(_as_rows(low)[0], (0, 1, 0, 1), np.zeros((side, side), np.uint8), 0, 0)
+        self._inputs.put(input_BHWN)
+
+    def _load_kernels(self) -> None:
+        """Load the compiled pixel loops, which takes about as long as the first forward pass."""
+        bands = len(self._card.bands)
+        scratch_HW = np.zeros((2, 2), np.uint8)
+        image_HWN, pixels_NHW = np.zeros((2, 2, bands), np.float32), np.zeros((bands, 2, 2), self._card.dtype)
+        self._fill(image_HWN, pixels_NHW, np.ones((2, 2), np.uint8), 0, 0, (2, 2), 1)
         kernels.any_valid(scratch_HW, 0, 1, 0, 1)
         kernels.mark_invalid(scratch_HW, scratch_HW, 0, 0, NO_DATA)
-        self._inputs.put(input_BHWN)
 
     def stage(self, job: BlockJob) -> None:
         """See `ComputePath`: the pixels are where they are needed."""

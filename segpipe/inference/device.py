@@ -8,6 +8,7 @@ from typing import Final, Literal
 import torch
 
 from segpipe.errors import ConfigError
+from segpipe.inference.defaults import CPU_BATCH, CUDA_BATCH
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -16,9 +17,6 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-_CPU_BATCH: Final = 1  # every compute thread runs batches of its own: one tile fits the caches best
-_CUDA_BATCH: Final = 32
 
 
 def pick_device() -> str:
@@ -56,4 +54,4 @@ def default_batch_size(device: str, precision: str) -> int:
         raise ConfigError(
             f"unknown precision {precision!r}", "inference.precision", f"Use {', '.join(DTYPES)}."
         )
-    return _CUDA_BATCH if torch.device(device).type == "cuda" else _CPU_BATCH
+    return CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH

@@ -199,7 +199,7 @@ class Replacements:
         self._newer: dict[int, list[int]] = {}
         for part in parts:
             found: set[int] = set()
-            for batch in plan_batches(storage, part, ["replaces_part"]):
+            for batch in iter_plan(storage, part, ["replaces_part"]):
                 found.update(old for old in batch.column(0).unique().to_pylist() if old is not None)
             for old in sorted(found):
                 self._newer.setdefault(old, []).append(part)
@@ -208,16 +208,10 @@ class Replacements:
         """Return the ids of the scenes of ``part`` that a newer part replaced."""
         names: set[str] = set()
         for newer in self._newer.get(part, ()):
-            for batch in plan_batches(self._storage, newer, ["scene_id", "replaces_part"]):
+            for batch in iter_plan(self._storage, newer, ["scene_id", "replaces_part"]):
                 pairs = zip(batch["scene_id"].to_pylist(), batch["replaces_part"].to_pylist(), strict=True)
                 names.update(scene_id for scene_id, old in pairs if old == part)
         return frozenset(names)
-
-
-def plan_batches(storage: Storage, part: int, columns: Sequence[str]) -> Iterator[Any]:
-    """Iterate over record batches of one plan part; CheckError when it is damaged."""
-    with explain_damage(storage.uri(plan_key(part))):
-        yield from iter_plan(storage, part, columns)
 
 
 def part_scenes(part: PlanPart) -> Iterator[PlanScene]:
@@ -266,8 +260,7 @@ def count_part(part: PlanPart, ledger: Ledger | None = None, superseded: Set[str
 
 def open_part(storage: Storage, part: int, info: RunInfo) -> PlanPart:
     """Read one part of the plan; CheckError when it is damaged."""
-    with explain_damage(storage.uri(plan_key(part))):
-        return load_part(storage, part, info.facts)
+    return load_part(storage, part, info.facts)
 
 
 def success_totals(storage: Storage, info: RunInfo) -> Totals:

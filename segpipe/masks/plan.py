@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from segpipe.geometry.grid import Block, SceneGrid, make_grid
 from segpipe.geometry.units import split_blocks
+from segpipe.masks.damage import explain_damage
 from segpipe.masks.read import SceneUnits, open_parquet
 from segpipe.masks.run import Facts, plan_key
 from segpipe.masks.schema import PLAN_COLUMNS, PLAN_FIELDS
@@ -118,8 +119,10 @@ class PlanPart:
 
 
 def load_part(storage: Storage, part: int, facts: Facts) -> PlanPart:
-    """Read one part of the plan."""
-    return PlanPart(part, open_parquet(storage, plan_key(part)).read(use_threads=False), facts)
+    """Read one part of the plan; CheckError when it is damaged."""
+    file = open_parquet(storage, plan_key(part))
+    with explain_damage(storage.uri(plan_key(part))):
+        return PlanPart(part, file.read(use_threads=False), facts)
 
 
 def part_num_units(storage: Storage, part: int) -> int:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from segpipe.config.card import IGNORE
-from segpipe.errors import ObjectMissing
+from segpipe.errors import ObjectMissing, SceneError
 from segpipe.geometry.grid import Window
 from segpipe.masks.codec import decode_mask
 from segpipe.masks.damage import explain_damage
@@ -54,11 +54,12 @@ def read_counts(storage: Storage, part: int, unit: int, size_bytes: int | None =
 
 
 def iter_plan(storage: Storage, part: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
-    """Iterate over the Arrow record batches of one plan part."""
+    """Iterate over the Arrow record batches of one plan part; CheckError when it is damaged."""
     file = open_parquet(storage, plan_key(part))
-    yield from file.iter_batches(
-        batch_size=2048, columns=list(columns) if columns else None, use_threads=False
-    )
+    with explain_damage(storage.uri(plan_key(part))):
+        yield from file.iter_batches(
+            batch_size=2048, columns=list(columns) if columns else None, use_threads=False
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,16 @@ class SceneUnits:
     part: int
     first_unit: int
     units: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredRow:
+    """One block of a unit: its window, the scene's height and width, and its row."""
+
+    window: Window
+    scene_size: tuple[int, int]
+    status: str
+    index: int
 
 
 class MaskReader:
@@ -84,13 +95,23 @@ class MaskReader:
         self._pngs = lru_cache(maxsize=cached_units)(self._load_pngs)
         self._mask = lru_cache(maxsize=cached_units)(self._decode)
 
-    def _load_unit(self, part: int, unit: int) -> dict[str, list[tuple[Window, str, int]]]:
-        columns = ("scene_id", "row_off", "col_off", "height", "width", "status")
+    def _load_unit(self, part: int, unit: int) -> dict[str, list[_StoredRow]]:
+        columns = (
+            "scene_id",
+            "row_off",
+            "col_off",
+            "height",
+            "width",
+            "scene_height",
+            "scene_width",
+            "status",
+        )
         table = read_columns(self._storage, unit_key(part, unit), columns)
-        found: dict[str, list[tuple[Window, str, int]]] = {}
+        found: dict[str, list[_StoredRow]] = {}
         for index, row in enumerate(table.to_pylist()):
             window = Window(row["row_off"], row["col_off"], row["height"], row["width"])
-            found.setdefault(row["scene_id"], []).append((window, row["status"], index))
+            size = row["scene_height"], row["scene_width"]
+            found.setdefault(row["scene_id"], []).append(_StoredRow(window, size, row["status"], index))
         return found
 
     def _load_pngs(self, part: int, unit: int) -> Any:
@@ -100,34 +121,40 @@ class MaskReader:
     def _decode(self, part: int, unit: int, index: int) -> Any:
         return decode_mask(self._pngs(part, unit)[index].as_py())
 
-    def windows(self, scene: SceneUnits) -> list[tuple[Window, str]]:
-        """Return the windows and statuses of all stored blocks of a scene."""
-        units = range(scene.first_unit, scene.first_unit + scene.units)
-        return [
-            (window, status)
-            for unit in units
-            for window, status, _ in self._rows(scene.part, unit).get(scene.scene_id, [])
-        ]
-
-    def read(self, scene: SceneUnits, window: Window) -> tuple[Any, int]:
+    def read(
+        self, scene: SceneUnits, window: Window, scene_size: tuple[int, int] | None = None
+    ) -> tuple[Any, int]:
         """Return (mask uint8 (height, width), pixels of ``window`` that no finished block covers).
 
         Pixels of failed or missing blocks are 255 in the mask and counted in the second value.
+        ``scene_size``: height and width of the scene that the masks are wanted for; SceneError
+        ``mask_missing`` where they were made of another size, for then the windows do not fit either.
         """
         mask = np.full((window.height, window.width), IGNORE, np.uint8)
         missing_px = window.num_px
         for unit in range(scene.first_unit, scene.first_unit + scene.units):
             try:
-                blocks = self._rows(scene.part, unit).get(scene.scene_id, [])
+                rows = self._rows(scene.part, unit).get(scene.scene_id, [])
             except ObjectMissing:
                 continue
-            for block, status, index in blocks:
-                common = _intersection(block, window)
-                if common is None or status == FAILED:
+            for row in rows:
+                if row.status == FAILED:
+                    continue
+                if scene_size not in (None, row.scene_size):
+                    raise _other_size(scene.scene_id, row.scene_size, scene_size)
+                common = _intersection(row.window, window)
+                if common is None:
                     continue
                 missing_px -= common.num_px
-                mask[common.slices_in(window)] = self._mask(scene.part, unit, index)[common.slices_in(block)]
+                block_mask = self._mask(scene.part, unit, row.index)
+                mask[common.slices_in(window)] = block_mask[common.slices_in(row.window)]
         return mask, missing_px
+
+
+def _other_size(scene_id: str, found: tuple[int, int], wanted: tuple[int, int] | None) -> SceneError:
+    height, width = wanted or (0, 0)
+    what = f"the run's masks are of {found[0]} x {found[1]} pixels, the scene has {height} x {width}"
+    return SceneError("mask_missing", what, scene_id, "Predict the scene as it is now, then score it.")
 
 
 def _intersection(a: Window, b: Window) -> Window | None:

@@ -115,8 +115,12 @@ class RunInfo:
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"run.json cannot be read ({error})", where, "Is this the folder of a run?"
+                f"run.json cannot be read ({_one_line(error)})", where, "Is this the folder of a run?"
             ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def read_run(storage: Storage) -> RunInfo | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from segpipe.config.card import ModelCard
 from segpipe.errors import ConfigError, InputError
@@ -77,12 +78,26 @@ def load_model_bytes(data: bytes, where: str = "model file") -> tuple[nn.Module,
 def _empty(card: ModelCard, where: str) -> nn.Module:
     """The card's network without storage for weights: quick, and no random number is drawn."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoStart():
             return build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
     except ConfigError as error:
         raise InputError(
             f"the model card asks for what cannot be built: {error.what}", where, error.fix
         ) from error
+
+
+class _NoStart(TorchFunctionMode):
+    """Leaves out the random start of weights: on tensors without storage it would import torch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _RANDOM_STARTS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_RANDOM_STARTS: Final = frozenset((Tensor.normal_, Tensor.uniform_, Tensor.erfinv_))
 
 
 def _check_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:

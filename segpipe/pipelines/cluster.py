@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
@@ -36,6 +37,8 @@ Value = TypeVar("Value")
 _SOURCES_PER_TASK = 250
 _MAX_RESTARTS = 4
 _ISOLATE_UNITS = 200
+# Ray replaces 127.0.0.1 by the machine's own address; only Linux answers on all of 127.0.0.0/8.
+_LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 _NO_PROGRESS_TIMEOUT_S = 6 * 3600
 _OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -46,7 +49,7 @@ class RayExecutor:
     def __init__(self, address: str | None) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
         _start_ray(self._address)
-        self.hardware = _cluster_hardware() if self._address else this_machine()
+        self.hardware = _cluster_hardware(self._address) if self._address else this_machine()
 
     def inspect(
         self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
@@ -228,7 +231,7 @@ def _start_ray(address: str | None) -> None:
                     logging_level=logging.ERROR,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     num_cpus=len(os.sched_getaffinity(0)),
-                    _node_ip_address="127.0.0.1",
+                    _node_ip_address=_LOOPBACK,
                 )
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         raise InputError(
@@ -267,19 +270,26 @@ def _main_thread_handlers() -> dict[signal.Signals, Any]:
     return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
-def _cluster_hardware() -> Hardware:
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = [int(node.get("CPU", 0)) for node in resources if node.get("CPU", 0) >= 1]
-    gpus = int(sum(node.get("GPU", 0) for node in resources))
+def _cluster_hardware(address: str) -> Hardware:
+    """Ask the nodes what they have. Raises InputError where none has a CPU for work."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cpus:
+        raise InputError(
+            "the cluster has no CPUs for work", address, "Wait for its nodes, or raise min_workers."
+        )
+    holders = [node for node in nodes if node.get("GPU", 0) >= 1]
+    gpus = sum(int(node["GPU"]) for node in holders)
     precision = "bf16"
     if gpus:
         precision = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_precision_of_gpu).remote())
     return Hardware(
-        nodes=max(1, len(cpus)),
+        nodes=len(cpus),
         cpus=sum(cpus),
         gpus=gpus,
         gpu_precision=precision,
-        cpus_per_node=min(cpus, default=1),
+        cpus_per_node=min(int(node.get("CPU", 0)) for node in holders) if gpus else min(cpus),
+        gpus_per_node=max((int(node["GPU"]) for node in holders), default=0),
     )
 
 

@@ -21,8 +21,9 @@ from typing import Any, Final, Literal
 
 import segpipe
 from segpipe.errors import CheckError, IncompleteError, InputError, ObjectMissing
-from segpipe.masks.ledger import Named, Replacements, count_part, open_part, part_scenes, plan_batches
+from segpipe.masks.ledger import Named, Replacements, count_part, open_part, part_scenes
 from segpipe.masks.plan import PlanPart, PlanScene
+from segpipe.masks.read import iter_plan
 from segpipe.masks.run import RunInfo, done_units, list_parts, require_run
 from segpipe.masks.scene_masks import StoredUnit
 from segpipe.masks.schema import EMPTY, OK
@@ -184,7 +185,7 @@ class _Run:
         replaced = self._replacements.of(number)
         names = (
             name
-            for batch in plan_batches(self._storage, number, ["scene_id"])
+            for batch in iter_plan(self._storage, number, ["scene_id"])
             for name in batch.column(0).to_pylist()
         )
         return sum(self._wants(name) and name not in replaced for name in names)

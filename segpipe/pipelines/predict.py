@@ -23,6 +23,7 @@ from segpipe.errors import ConfigError, InputError, ObjectMissing, StorageError,
 from segpipe.masks.plan import PART_SCENES, part_num_units
 from segpipe.masks.read import SceneUnits, iter_plan
 from segpipe.masks.run import (
+    SUCCESS_KEY,
     Facts,
     RunInfo,
     adopt,
@@ -117,17 +118,8 @@ def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
     if not config.input.scenes:
         raise ConfigError("no input", "input.scenes", "Name scenes, folders, globs or a catalogue.")
     if masks_uri is not None:
-        if config.model is not None:
-            raise ConfigError("--model and --masks exclude each other", "model", "Give one of them.")
         with nothing_written():
-            masks = require_run(open_storage(masks_uri))
-        if masks.masks_uri is not None:
-            raise ConfigError(
-                "this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}."
-            )
-        parse_label_map(config.input.label_map, masks.card.num_classes)
-        asked = masks_recipe(masks.recipe_key, config.input.label_map)
-        return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, masks_uri)
+            return _prepare_masks(config, masks_uri)
     if config.model is None:
         raise ConfigError("no model", "model", "Give --model URI of a model.safetensors.")
     with nothing_written():
@@ -135,6 +127,23 @@ def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
         sha256 = model_sha256(config.model)
     _check_input(config, card)
     return Job(config, card, sha256, recipe(config, card, sha256))
+
+
+def _prepare_masks(config: SegpipeConfig, masks_uri: str) -> Job:
+    """Read the run whose masks are scored; it must be finished, or holes would stand as failures for good."""
+    if config.model is not None:
+        raise ConfigError("--model and --masks exclude each other", "model", "Give one of them.")
+    storage = open_storage(masks_uri)
+    masks = require_run(storage)
+    if masks.masks_uri is not None:
+        raise ConfigError("this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}.")
+    missing, units = missing_units(storage)
+    if missing or storage.stat(SUCCESS_KEY) is None:
+        what = f"the run is unfinished: {len(missing)} of {counted(units, 'unit')} missing"
+        raise InputError(what, masks_uri, "Run the command that made it again.")
+    parse_label_map(config.input.label_map, masks.card.num_classes)
+    asked = masks_recipe(masks.recipe_key, config.input.label_map)
+    return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, masks_uri)
 
 
 def _check_input(config: SegpipeConfig, card: ModelCard) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import ConfigError
+from segpipe.inference.defaults import CPU_BATCH, CUDA_BATCH
 from segpipe.masks.run import Facts
 
 CPU_UNIT_PX = 16 * 2**20
@@ -32,7 +33,9 @@ class Hardware:
     gpu_precision: str = "bf16"
     """What ``precision: auto`` means on these GPUs."""
     cpus_per_node: int = 0
-    """Fewest CPUs of a node that has any; 0 = ``cpus``."""
+    """Fewest CPUs of a node that may hold a worker; 0 = ``cpus``."""
+    gpus_per_node: int = 0
+    """Most GPUs of a node; 0 = ``gpus``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +90,13 @@ def plan_pool(hardware: Hardware, config: SegpipeConfig) -> Pool:
     workers = asked or (1 if local else hardware.gpus or max(1, hardware.nodes))
     node_cpus = hardware.cpus_per_node or hardware.cpus
     workers_per_node = -(-workers // max(1, hardware.nodes))
+    if hardware.gpus:
+        workers_per_node = min(workers, hardware.gpus_per_node or hardware.gpus)
     threads = max(1, node_cpus // workers_per_node)
     if cluster.threads_per_worker != "auto":
         threads = cluster.threads_per_worker
-    reserved = max(0.0, (hardware.cpus - 1) / workers)
+    # A worker that asked for more than its share of the smallest node might never find a place.
+    reserved = max(0.0, min((hardware.cpus - 1) / workers, node_cpus / workers_per_node))
     # Ray keeps four decimals of a CPU: rounding down keeps the sum below the limit.
     reserved = int(reserved * 1000) / 1000
     if reserved > 1:
@@ -119,7 +125,7 @@ def resolve_facts(config: SegpipeConfig, card: ModelCard, hardware: Hardware, po
         unit_px = GPU_UNIT_PX if device == "cuda" else CPU_UNIT_PX
     batch_size = asked.batch_size
     if batch_size == "auto":
-        batch_size = 32 if device == "cuda" else 4
+        batch_size = CUDA_BATCH if device == "cuda" else CPU_BATCH
     return Facts(
         tile_px=tile_px,
         margin_px=asked.margin_px,

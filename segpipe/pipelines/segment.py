@@ -129,10 +129,12 @@ class MaskSource:
         return 2 * block.window.num_px
 
     def start(self, scene: PlanScene, block: Block) -> Future[Segmented]:
+        header = scene.header
+        assert header is not None
         if scene.masks is None:
             raise SceneError("mask_missing", "the run has no masks of this scene", scene.source.scene_id)
         reader = self._readers.get("", lambda: MaskReader(self._storage))
-        mask, missing_px = reader.read(scene.masks, block.window)
+        mask, missing_px = reader.read(scene.masks, block.window, (header.height, header.width))
         if missing_px:
             raise SceneError(
                 "mask_missing",
@@ -153,6 +155,9 @@ def make_source(info: RunInfo, config: InputConfig, model_uri: str | None) -> Bl
         if info.masks_uri is None:
             raise SegpipeError("a worker needs a model or a run of masks", info.recipe_key)
         return MaskSource(info.masks_uri)
+    from segpipe.inference.memory import keep_freed_pages
+
+    keep_freed_pages()  # before any thread of this process asks for memory
     from segpipe.inference.engine import Engine, EngineConfig
     from segpipe.models.file import load_model_bytes
 

@@ -297,13 +297,23 @@ def _resolved(result: UnitResult) -> Future[UnitResult]:
     return future
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch raises a RuntimeError of its own on a GPU, and a plain one on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def _deferred(result: UnitResult, error: BaseException) -> UnitResult:
     """Mark a unit as not committed; the same command again will do it."""
     result.status = "deferred"
     result.error = str(error) or type(error).__name__
     result.fatal = isinstance(error, StorageRefused | StorageFull)
-    expected = isinstance(error, SegpipeError | MemoryError | CancelledError | OSError)
-    result.bug = not expected
-    if result.bug:
+    expected = isinstance(error, SegpipeError | CancelledError | OSError)
+    if _is_out_of_memory(error):
+        first_line = result.error.partition("\n")[0].removesuffix(".")
+        result.error = f"out of memory ({first_line}). Free memory, or start anew with smaller batch_size."
+    elif not expected:
+        result.bug = True
         result.error = f"{type(error).__name__}: {result.error}"
     return result

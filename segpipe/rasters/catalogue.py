@@ -23,7 +23,14 @@ from segpipe.rasters.listing import (
     look_at,
 )
 from segpipe.rasters.scene import Version
-from segpipe.rasters.scene_ids import SHARD_SUFFIXES, check_scene_id, has_suffix, printable, scene_id_of
+from segpipe.rasters.scene_ids import (
+    SHARD_SUFFIXES,
+    check_scene_id,
+    has_suffix,
+    is_unicode,
+    printable,
+    scene_id_of,
+)
 from segpipe.rasters.scene_list import SceneList, scratch_explained
 from segpipe.rasters.shards import is_catalogue, list_members
 from segpipe.rasters.spool import Draft, Spool
@@ -122,6 +129,8 @@ class _Builder:
         self.seen.append(f"{root.rstrip('/')}/{source.prefix}")
 
     def _may_be_sidecar(self, info: ObjectInfo) -> bool:
+        if not is_unicode(info.key):
+            return False  # the database takes no such name, and no template gives one
         if self.labels is not None or self.mask_template is not None:
             return True
         return self.auto_masks and info.key.endswith(MASK_SUFFIX)

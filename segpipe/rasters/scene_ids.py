@@ -58,6 +58,15 @@ def _fault(scene_id: str) -> str:
     return ""
 
 
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: a file's name may hold bytes that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def fold_id(scene_id: str) -> str:
     """What two ids share when some file systems take them for one: case and Unicode composition set aside."""
     if scene_id.isascii():

@@ -18,6 +18,9 @@ LABEL_EXTENSIONS: Final = tuple(
 )
 IMAGE_EXTENSIONS: Final = tuple(suffix[1:] for suffix in RASTER_SUFFIXES)
 
+MAX_MEMBER_BYTES: Final = 1 << 30
+"""Most bytes of one encoded image in a tar: members are read whole."""
+
 _BLOCK: Final = 512
 _FIX: Final = "Make the shard again, or leave it out with input.exclude."
 
@@ -86,6 +89,9 @@ def _read(source: SceneSource, offset: int | None, length: int | None, role: str
             return read_cell(
                 source.uri, source.version, int(source.member), source.shard_members, role, source.where
             )
+        if (length or 0) > MAX_MEMBER_BYTES:
+            what = f"the {role} has {length:,} bytes, the limit in a shard is {MAX_MEMBER_BYTES:,}"
+            raise SceneError("limit", what, source.where, "Keep it as a GeoTIFF of its own.")
         storage, key = open_object(source.uri)
         data = storage.read_range(key, offset or 0, length or 0, source.version.etag)
     except ObjectChanged:

@@ -9,6 +9,7 @@ from typing import Final
 from segpipe.errors import ConfigError, InputError
 from segpipe.rasters.scene_ids import scene_id_of
 from segpipe.storage import join_uri, scheme_of, split_uri
+from segpipe.storage.uris import normalize_root
 
 FIELDS: Final = ("stem", "parent", "scene_id")
 
@@ -65,10 +66,14 @@ def resolve_uri(text: str, folder: str) -> str:
 
 
 def without_dots(uri: str) -> str:
-    """A remote URI with ``.`` and ``..`` resolved; a local path as it is, for the system resolves those."""
+    """A remote URI with ``.`` and ``..`` resolved; a local path as it is, for the system resolves those.
+
+    Raises ``InputError`` where it climbs out of its bucket, or carries credentials, which are not repeated.
+    """
     scheme, _, rest = uri.partition("://")
     if not rest or scheme_of(uri) in ("file", "local"):
         return uri
+    normalize_root(uri)  # before any message names it
     parts: list[str] = []
     for part in rest.split("/"):
         if part == "..":

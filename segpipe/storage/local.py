@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO, Final, cast
 
 from segpipe.errors import (
@@ -65,7 +66,7 @@ class LocalStorage:
                 found = os.stat(path)
         except ObjectMissing:
             return None
-        return None if _is_folder(found) else _info(key, found)
+        return _info(key, found) if S_ISREG(found.st_mode) else None  # opening a pipe would hang
 
     def read(self, key: str) -> bytes:
         path = self.uri(key)
@@ -327,10 +328,6 @@ def _pread(descriptor: int, start: int, length: int) -> bytes:
         parts.append(data)
         done += len(data)
     return b"".join(parts)
-
-
-def _is_folder(found: os.stat_result) -> bool:
-    return (found.st_mode & 0o170000) == 0o040000
 
 
 def _info(key: str, found: os.stat_result) -> ObjectInfo:

@@ -150,6 +150,8 @@ def environment(tag: str, home: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FAULT_"))}
     paths = [str(FAULTS), str(REPOSITORY), kept.get("PYTHONPATH", "")]
     marks = {_TAG: f"{_SESSION}-{tag}", "HOME": str(home), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # A Ray job's entry point is `python`: that must be this one.
+    marks["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
     return kept | marks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_the_readme_has_one_line_to_run_it_and_one_to_test_it() -> None:
     assert len(lines) == 2
     assert lines[0].endswith(".venv/bin/segpipe demo")
     assert lines[1].endswith(".venv/bin/python -m pytest")
+
+
+def test_ci_runs_the_readme_s_test_line() -> None:
+    script = (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
+    (expression,) = re.findall(r"sed -n '([^']+)' README.md", script)
+    done = subprocess.run(["sed", "-n", expression, REPOSITORY / "README.md"], capture_output=True, check=True)
+    (line,) = done.stdout.decode().splitlines()
+    assert line.endswith(".venv/bin/python -m pytest")
 
 
 def test_files_and_modules_that_the_readme_names_exist() -> None:

@@ -213,14 +213,15 @@ def planned(run_uri: Any) -> Iterator[tuple[int, Any]]:
 def whole_masks(run_uri: Any) -> dict[str, Array]:
     """Return every scene's whole mask from its newest part; every pixel must be there."""
     reader = MaskReader(open_storage(str(run_uri)))
+    newest = {scene.source.scene_id: (part, scene) for part, scene in planned(run_uri)}
     masks = {}
-    for part, scene in planned(run_uri):
+    for name, (part, scene) in newest.items():
         if scene.header is None:
             continue
-        units = SceneUnits(scene.source.scene_id, part, scene.first_unit, scene.units)
+        units = SceneUnits(name, part, scene.first_unit, scene.units)
         mask, missing_px = reader.read(units, Window(0, 0, scene.header.height, scene.header.width))
-        assert missing_px == 0, (scene.source.scene_id, missing_px)
-        masks[scene.source.scene_id] = mask
+        assert missing_px == 0, (name, missing_px)
+        masks[name] = mask
     return masks
 
 

@@ -28,7 +28,8 @@ from archive import (
     whole_masks,
     write_scene,
 )
-from rasters import write_tiff
+from rasters import UTM33, write_tiff
+from s3_server import Fault, FaultProxy
 
 import segpipe.pipelines.predict as driver
 import segpipe.storage.local
@@ -78,13 +79,13 @@ def write_bad_scenes(folder: Path) -> None:
     vrt = f'<VRTDataset rasterXSize="70" rasterYSize="90">{band * 3}</VRTDataset>'
     (folder / "vrt.tif").write_text(vrt)
     sparse = {"driver": "GTiff", "dtype": "uint8", "count": 3, "tiled": True, "compress": "deflate"}
-    sparse |= {"sparse_ok": True, "BIGTIFF": "YES", "interleave": "pixel"}
+    sparse |= UTM33 | {"sparse_ok": True, "BIGTIFF": "YES", "interleave": "pixel"}
     for name, side, block in (("huge", 320_000, 4096), ("giant_block", 16_384, 16_384)):
         layout = {"height": side, "width": side, "blockxsize": block, "blockysize": block}
         with rasterio.open(folder / f"{name}.tif", "w", **sparse, **layout):
             pass
-    write_tiff(folder / "two_bands.tif", np.ones((2, 40, 40), np.uint8))
-    write_tiff(folder / "complex.tif", np.ones((3, 40, 40), np.complex64))
+    write_tiff(folder / "two_bands.tif", np.ones((2, 40, 40), np.uint8), **UTM33)
+    write_tiff(folder / "complex.tif", np.ones((3, 40, 40), np.complex64), **UTM33)
 
 
 def test_bad_scenes_are_failed_rows_of_their_kind_and_the_rest_is_done(
@@ -295,8 +296,11 @@ def test_a_scene_that_vanishes_after_planning_is_a_failed_row(
     assert (found["c"]["height"], found["c"]["width"]) == (70, 90)
 
 
-def test_a_full_disk_ends_with_3_leaves_whole_objects_and_the_same_command_completes(
-    tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "read-only file system")]
+)
+def test_a_disk_that_fails_midway_ends_with_3_leaves_whole_objects_and_the_same_command_completes(
+    tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
     cut = {"block_px": 40, "unit_px": 4000}
     ok(predict(scenes, model, tmp_path / "undisturbed", **cut))
@@ -308,12 +312,12 @@ def test_a_full_disk_ends_with_3_leaves_whole_objects_and_the_same_command_compl
         real(descriptor, data[: max(0, space[0])])
         space[0] -= len(data)
         if space[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
         patch.setattr(segpipe.storage.local, "_write_all", write_all)
         done = predict(scenes, model, tmp_path / "run", **cut)
-    done.refused(3, f"{tmp_path}/run/masks/", "no space left", "same command")
+    done.refused(3, f"{tmp_path}/run/masks/", words, "same command")
     found = objects(tmp_path / "run")
     assert 0 < len(found) < len(whole)
     assert all(whole[key] == data for key, data in found.items())
@@ -347,6 +351,35 @@ def test_a_fault_of_storage_that_may_pass_commits_nothing_of_its_unit(
     assert objects(tmp_path / "run") == objects(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (MemoryError("no 2 GiB"), 3, "not committed: out of memory (no 2 GiB). Free memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 3, "out of memory"),
+        (TypeError("of ours"), 1, "not committed: TypeError: of ours"),
+    ],
+)
+def test_a_lack_of_memory_is_no_bug_and_no_failed_scene(
+    tmp_path: Path,
+    scenes: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    code: int,
+    words: str,
+) -> None:
+    def read(self: SceneReader, window: Any) -> Any:
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneReader, "read", read)
+        done = predict(scenes, model, tmp_path / "run")
+    assert (done.code, objects(tmp_path / "run")) == (code, {})
+    assert words in done.err
+    assert "1 of 1 units are missing" in done.err
+    ok(predict(scenes, model, tmp_path / "run"))
+
+
 def test_a_model_that_is_replaced_under_a_running_job_is_refused(
     tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,3 +406,28 @@ def test_storage_that_refuses_is_exit_2_before_anything_is_written(
     done = predict(scenes, model, f"{s3_prefix}/run").refused(2, f"{s3_prefix}/run")
     assert "wrong-secret" not in done.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.s3
+def test_s3_that_falters_is_asked_again_and_s3_that_refuses_midway_ends_with_3(
+    tmp_path: Path, scenes: Path, model: Path, s3_prefix: str, s3_proxy: FaultProxy
+) -> None:
+    cut = {"block_px": 40, "unit_px": 4000}
+    ok(predict(scenes, model, tmp_path / "undisturbed", **cut))
+    whole = objects(tmp_path / "undisturbed")
+    for method, path in (("PUT", "/masks/"), ("PUT", "/plan/"), ("HEAD", "/masks/"), ("GET", "prefix=")):
+        s3_proxy.faults += [Fault(method, path, "503"), Fault(method, path, "reset", after=1)]
+    s3_proxy.faults.append(Fault("PUT", "/masks/", "lost", after=3))
+    ok(predict(scenes, model, f"{s3_prefix}/falters", **cut))
+    assert s3_proxy.count("PUT", "503") == 2
+    assert s3_proxy.count("PUT", "lost") == 1
+    assert objects(f"{s3_prefix}/falters") == whole
+
+    s3_proxy.faults = [Fault("PUT", "/masks/", "403", code="AccessDenied", times=10_000, after=4)]
+    done = predict(scenes, model, f"{s3_prefix}/refuses", **cut)
+    done.refused(3, f"{s3_prefix}/refuses/masks/", "same command")
+    s3_proxy.faults = []
+    found = objects(f"{s3_prefix}/refuses")
+    assert 0 < len(found) < len(whole)
+    ok(predict(scenes, model, f"{s3_prefix}/refuses", **cut))
+    assert objects(f"{s3_prefix}/refuses") == whole

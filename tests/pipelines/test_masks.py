@@ -171,7 +171,9 @@ def test_small_scenes_share_units_and_batches(tmp_path: Path, engines: list[Engi
     model = make_model(tmp_path / "model.safetensors")
     for number in range(200):
         write_scene(tmp_path / f"in/{number:03d}.tif", 20 + number % 20, 24, seed=number)
-    done = ok(predict(tmp_path / "in", model, tmp_path / "run", "--json", unit_px=100 * TILE_PX**2)).tree
+    done = ok(
+        predict(tmp_path / "in", model, tmp_path / "run", "--json", unit_px=100 * TILE_PX**2, batch_size=4)
+    ).tree
     assert (done["summary"]["scenes"]["ok"], done["units"]) == (200, 2)
     stats = engines[0].stats
     tiles = sum(1 + (20 + number % 20 > TILE_PX) for number in range(200))

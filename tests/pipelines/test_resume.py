@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from archive import files, local, make_model, objects, ok, predict, run, start, write_scene
 
+import segpipe.pipelines.local
+import segpipe.pipelines.plan
 from segpipe.storage import open_storage
 
 CUT = {"block_px": 64, "unit_px": 5000}
@@ -115,6 +117,34 @@ def test_a_run_killed_while_it_starts_goes_on(archive: Path, undisturbed: Path, 
     ok(run(*command(archive, tmp_path / "run")))
     assert files(tmp_path / "run").keys() == files(undisturbed).keys()
     assert objects(tmp_path / "run") == objects(undisturbed)
+
+
+def test_a_plan_that_was_stopped_between_two_parts_ends_as_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model.safetensors", "pixel")
+    for number in range(8):
+        write_scene(tmp_path / f"in/{number}.tif", 60, 70, seed=number)
+    monkeypatch.setattr(segpipe.pipelines.plan, "PART_SCENES", 3)
+    ok(predict(tmp_path / "in", model, tmp_path / "undisturbed", unit_px=9000))
+    real = segpipe.pipelines.local.inspect_source
+
+    def inspect_source(source: Any, *args: Any) -> Any:
+        if source.scene_id == "4":
+            raise KeyboardInterrupt
+        return real(source, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segpipe.pipelines.local, "inspect_source", inspect_source)
+        assert predict(tmp_path / "in", model, tmp_path / "run", unit_px=9000).code == 130
+    assert list(objects(tmp_path / "run", "")) == ["plan/part-00000.parquet", "run.json"]
+    assert run("verify", tmp_path / "run").code == 3
+    done = ok(predict(tmp_path / "in", model, tmp_path / "run", unit_px=9000))
+    assert "3 scenes planned already, 5 new or changed" in done.err
+    assert files(tmp_path / "run") == files(tmp_path / "undisturbed") | {
+        "run.json": (tmp_path / "run/run.json").read_bytes()
+    }
+    assert len(objects(tmp_path / "run", "plan/")) == 3
 
 
 @pytest.mark.s3

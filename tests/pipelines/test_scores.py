@@ -119,6 +119,14 @@ def test_scenes_without_masks_are_failed_rows_when_masks_are_scored(folder: Path
     assert all(row["label_px"] for row in table(folder, "run", "failures")), "no label drops out unseen"
 
 
+def test_masks_of_an_unfinished_run_are_refused(folder: Path) -> None:
+    ok(predict(folder / "in", folder / "model.safetensors", folder / "masks"))
+    sorted((folder / "masks/masks").rglob("*.parquet"))[0].unlink()
+    done = evaluate(folder, "run", "--masks", folder / "masks")
+    done.refused(2, str(folder / "masks"), "unfinished", "1 of 1 unit")
+    assert not (folder / "run").exists()
+
+
 def test_scores_of_scores_are_refused(folder: Path) -> None:
     ok(predict(folder / "in", folder / "model.safetensors", folder / "masks"))
     ok(evaluate(folder, "scores", "--masks", folder / "masks"))
@@ -193,3 +201,14 @@ def test_evaluate_without_labels_or_model_is_refused(folder: Path) -> None:
     evaluate(folder, "run", "--masks", folder / "in").refused(2, "not a run")
     evaluate(folder, "run", "--model", model, "--set", "input.label_map.7=3").refused(2, "classes 0 to 2")
     assert not (folder / "run").exists()
+
+
+def test_masks_of_a_scene_that_had_another_size_are_never_compared(folder: Path) -> None:
+    ok(predict(folder / "in", folder / "model.safetensors", folder / "masks"))
+    height, width = SIZES["b"][0] - 8, SIZES["b"][1] - 8
+    write_scene(folder / "in/b.tif", height, width, seed=1)
+    write_label(folder / "labels/b.tif", label_of("b")[:height, :width])
+    assert evaluate(folder, "run", "--masks", folder / "masks").code == 5
+    (failure,) = table(folder, "run", "failures")
+    assert (failure["scene_id"], failure["error_kind"]) == ("b", "mask_missing")
+    assert f"{height} x {width}" in failure["error"]

@@ -712,3 +712,26 @@ def test_further_columns_come_back_with_their_types(extra: Mapping[str, Any]) ->
     back = load_extra(dump_extra(dict(extra)))
     assert back == extra
     assert [type(value) for value in back.values()] == [type(value) for value in extra.values()]
+
+
+def test_files_that_are_no_scenes_may_have_names_that_are_no_unicode(tmp_path: Path) -> None:
+    put(str(tmp_path), "a.tif", "a_label.png")
+    (tmp_path / os.fsdecode(b"notes\xff.txt")).write_text("x")
+    assert ids(str(tmp_path), labels="{stem}_label.png") == ["a"]
+
+
+def test_a_pipe_is_never_opened_whatever_its_name(tmp_path: Path) -> None:
+    put(str(tmp_path), "a.tif")
+    os.mkfifo(tmp_path / "b.tif")
+    assert ids(str(tmp_path)) == ["a"]
+    with pytest.raises(InputError, match="no such file"):
+        ids(str(tmp_path / "b.tif"))
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://KEY:SECRET@bucket/../x", "s3://KEY:SECRET@*/x", "s3://KEY:SECRET@b/[z"]
+)
+def test_no_message_about_an_input_repeats_credentials(text: str) -> None:
+    with pytest.raises(InputError, match="carries credentials") as caught:
+        ids(text)
+    assert "SECRET" not in str(caught.value)

@@ -17,8 +17,8 @@ from segpipe.config.model import InputConfig
 from segpipe.errors import InputError, SceneError, StorageError
 from segpipe.rasters import parquet_shards
 from segpipe.rasters.catalogue import list_scenes
-from segpipe.rasters.scene import SceneSource
-from segpipe.rasters.shards import read_label_member, read_member
+from segpipe.rasters.scene import SceneSource, Version
+from segpipe.rasters.shards import MAX_MEMBER_BYTES, read_label_member, read_member
 from segpipe.storage.local import LocalStorage
 
 
@@ -388,3 +388,14 @@ def test_a_catalogue_among_the_scenes_of_a_folder_is_refused(tmp_path: Path) -> 
     assert "cat.parquet: a catalogue" in fault(tmp_path)
     assert [source.scene_id for source in scenes(tmp_path, exclude=("cat",))] == ["a"]
     assert [source.scene_id for source in scenes(tmp_path / "cat.parquet")] == ["a"]
+
+
+def test_a_member_beyond_the_limit_is_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "big.tar"
+    path.write_bytes(b"x" * 512)
+    found = path.stat()
+    version = Version(found.st_size, f"{found.st_size:x}-{found.st_mtime_ns:x}")
+    source = SceneSource("big", str(path), version, member="a.png", offset=512, length=MAX_MEMBER_BYTES + 1)
+    with pytest.raises(SceneError) as caught:
+        read_member(source)
+    assert caught.value.kind == "limit"

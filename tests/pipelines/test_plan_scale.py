@@ -1,0 +1,171 @@
+"""A plan of any length is made and read with flat memory; two planners at once plan each scene once."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from archive import write_scene
+from masks_run import make_facts
+
+from segpipe.config.model import InputConfig
+from segpipe.masks.plan import PART_SCENES, PlanScene, load_part, part_num_units
+from segpipe.masks.run import list_parts
+from segpipe.pipelines.events import Events
+from segpipe.pipelines.plan import known_scenes, make_plan
+from segpipe.pipelines.predict import missing_units
+from segpipe.rasters.catalogue import list_scenes
+from segpipe.rasters.scene import SceneHeader, SceneSource, Version
+from segpipe.storage import open_storage
+
+FACTS = make_facts(tile_px=512, margin_px=32, block_px=4096, unit_px=16 * 2**20)
+
+
+class ManyScenes:
+    """A list of made-up scenes that exists page by page, as the real one does on disk."""
+
+    extra_schema = pa.schema([])
+    num_known = 0
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def forget_known(self, known: Iterator[tuple[str, str, int]]) -> None:
+        assert not list(known)
+
+    def pages(self, size: int) -> Iterator[list[tuple[SceneSource, None]]]:
+        for start in range(0, self.count, size):
+            names = range(start, min(start + size, self.count))
+            yield [
+                (SceneSource(f"n{i:08d}", f"s3://b/{i:08d}.tif", Version(1000, f"{i:x}")), None)
+                for i in names
+            ]
+
+
+def header_of(source: SceneSource) -> SceneHeader:
+    number = int(source.scene_id[1:])
+    return SceneHeader(
+        height=256 + number % 7,
+        width=256 if number % 1000 else 9000,
+        num_bands=3,
+        dtype="uint8",
+        driver="GTiff",
+        bands=(1, 2, 3),
+        valid_source="none",
+        file_block=(256, 256),
+        strips=False,
+        crs="EPSG:32633",
+        transform=(0.5, 0.0, 5e5 + number, 0.0, -0.5, 5e6),
+        pixel_m=0.5,
+    )
+
+
+def inspect(sources: Sequence[SceneSource]) -> Iterator[PlanScene]:
+    return (PlanScene(source, header_of(source)) for source in sources)
+
+
+class Traced:
+    """Peak of what Python's objects take since the last look, bytes."""
+
+    def __enter__(self) -> Traced:
+        tracemalloc.start(1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        tracemalloc.stop()
+
+    def look(self) -> int:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        return peak
+
+
+class Resident(Traced):
+    """What the whole process holds, Arrow's memory too, bytes: quicker, and blind to less than some MiB."""
+
+    def __enter__(self) -> Resident:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def look(self) -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+
+class Looks(Events):
+    """Looks at the memory when a part is planned."""
+
+    def __init__(self, memory: Traced) -> None:
+        self.memory = memory
+        self.found: list[int] = []
+
+    def planned(self, scenes: int, total: int) -> None:
+        if scenes % PART_SCENES == 0:
+            self.found.append(self.memory.look())
+
+
+def check(folder: Path, count: int, memory: Traced, most_growth_bytes: int) -> None:
+    storage = open_storage(str(folder))
+    gc.collect()
+    with memory:
+        made = Looks(memory)
+        totals = make_plan(storage, ManyScenes(count), FACTS, inspect, made)  # type: ignore[arg-type]
+        read = []
+        for part in list_parts(storage):
+            memory.look()
+            loaded = load_part(storage, part, FACTS)
+            assert loaded.num_units == part_num_units(storage, part)
+            assert len(loaded.unit(loaded.num_units - 1)) >= 1
+            read.append(memory.look())
+            del loaded
+    assert (totals.scenes, len(made.found), len(read)) == (count, count // PART_SCENES, count // PART_SCENES)
+    for looks in (made.found, read):
+        assert max(looks[2:]) - max(looks[:2]) < most_growth_bytes, looks
+    missing, units = missing_units(storage)
+    assert units == totals.units == len(missing)
+    assert missing == sorted(set(missing))
+    planned = [scene_id for scene_id, _, _ in known_scenes(storage, [0, 1])]
+    assert planned == [f"n{i:08d}" for i in range(2 * PART_SCENES)]
+
+
+def test_a_plan_of_40000_scenes_is_made_and_read_with_flat_memory(tmp_path: Path) -> None:
+    check(tmp_path, 40_000, Traced(), 2 * 2**20)
+
+
+@pytest.mark.slow
+def test_a_plan_of_4000000_scenes_is_made_and_read_with_flat_memory(tmp_path: Path) -> None:
+    check(tmp_path, 4_000_000, Resident(), 100 * 2**20)
+
+
+def test_two_planners_at_once_plan_every_scene_once(tmp_path: Path) -> None:
+    for number in range(5):
+        write_scene(tmp_path / f"in/{number}.tif", 40, 50)
+    config = InputConfig(scenes=(str(tmp_path / "in"),))
+    storage = open_storage(str(tmp_path / "run"))
+    others = []
+
+    def found(sources: Sequence[SceneSource]) -> Iterator[Any]:
+        return (PlanScene(source, None, error_kind="header", error="made up") for source in sources)
+
+    def interrupted(sources: Sequence[SceneSource]) -> Iterator[Any]:
+        if not others:
+            write_scene(tmp_path / "in/new.tif", 40, 50)
+            with list_scenes(config, None, need_labels=False) as scenes:
+                others.append(make_plan(storage, scenes, FACTS, found, Events()))
+        return found(sources)
+
+    with list_scenes(config, None, need_labels=False) as scenes:
+        totals = make_plan(storage, scenes, FACTS, interrupted, Events())
+    assert (others[0].scenes, totals.scenes) == (6, 0)
+    planned = [scene_id for scene_id, _, _ in known_scenes(storage, list_parts(storage))]
+    assert planned == ["0", "1", "2", "3", "4", "new"]
