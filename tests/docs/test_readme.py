@@ -65,8 +65,8 @@ def test_the_readme_has_one_line_to_run_it_and_one_to_test_it() -> None:
 def test_ci_runs_the_readme_s_test_line() -> None:
     script = (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
     (expression,) = re.findall(r"sed -n '([^']+)' README.md", script)
-    done = subprocess.run(["sed", "-n", expression, REPOSITORY / "README.md"], capture_output=True, check=True)
-    (line,) = done.stdout.decode().splitlines()
+    command = ["sed", "-n", expression, str(REPOSITORY / "README.md")]
+    (line,) = subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()
     assert line.endswith(".venv/bin/python -m pytest")
 
 
