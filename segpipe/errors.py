@@ -10,7 +10,6 @@ SegpipeError        1  a bug, or an error nobody classified
     StorageFull     3  no space left
   IncompleteError   3  a run ended with units missing
   CheckError        4  a gate or a check failed
-  BudgetError       5  complete, but more failed scenes than allowed
   SceneError        -  one scene's fault: becomes a failed row with a ``kind``
   Interrupted     130  Ctrl-C (143 after SIGTERM)
 """
@@ -98,12 +97,6 @@ class CheckError(SegpipeError):
     """A check failed: a damaged object, a gate that was not passed."""
 
     exit_code = 4
-
-
-class BudgetError(SegpipeError):
-    """Everything is done, but more scenes failed than ``failures.max_fraction`` allows."""
-
-    exit_code = 5
 
 
 class SceneError(SegpipeError):

@@ -77,7 +77,8 @@ def print_outcome(outcome: Outcome, *, as_json: bool, scores: bool) -> None:
         }
         print(json.dumps(tree))
     else:
-        print_scores(outcome.summary, Console()) if scores and outcome.summary.get("scores") else None
+        if scores and outcome.summary.get("scores"):
+            print_scores(outcome.summary, Console())
         print(_result_line(outcome))
     for reason in outcome.deferred:
         print(f"not committed: {reason}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,9 @@ class PlanPart:
         self._table = table
         self._first = table["first_unit"].to_numpy()
         self._last = self._first + table["units"].to_numpy() - 1
-        # A scene of many blocks is cut into units once, not for each of its units.
-        self._blocks_of_units = lru_cache(maxsize=8)(self._cut_scene)
+        # A scene of many blocks is cut into units once, not for each of its units. No method of self: a part
+        # that is let go is freed at once, not when the garbage collector gets to its circle.
+        self._blocks_of_units = lru_cache(maxsize=8)(partial(_cut_scene, table, facts))
 
     @property
     def num_units(self) -> int:
@@ -95,11 +96,6 @@ class PlanPart:
         """Iterate over the scenes in plan order."""
         for row in self._table.slice(start, None if stop is None else stop - start).to_pylist():
             yield scene_of_row(row)
-
-    def _cut_scene(self, index: int) -> list[range]:
-        scene = next(self.scenes(index, index + 1))
-        sizes = block_sizes_px(scene.grid(self.facts))
-        return split_blocks(sizes, self.facts.unit_px, self.facts.tile_px)
 
     def unit(self, unit: int) -> list[UnitScene]:
         """Return what unit ``unit`` computes, in plan order."""
@@ -116,6 +112,12 @@ class PlanPart:
                 indices = self._blocks_of_units(index)[unit - scene.first_unit]
                 found.append(UnitScene(scene, tuple(grid.block(i) for i in indices)))
         return found
+
+
+def _cut_scene(table: Any, facts: Facts, index: int) -> list[range]:
+    """Return the block indices of each unit of the scene in row ``index`` of a part."""
+    scene = scene_of_row(table.slice(index, 1).to_pylist()[0])
+    return split_blocks(block_sizes_px(scene.grid(facts)), facts.unit_px, facts.tile_px)
 
 
 def load_part(storage: Storage, part: int, facts: Facts) -> PlanPart:

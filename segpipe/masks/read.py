@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,35 @@ class _StoredRow:
     index: int
 
 
+def _load_unit(storage: Storage, part: int, unit: int) -> dict[str, list[_StoredRow]]:
+    columns = (
+        "scene_id",
+        "row_off",
+        "col_off",
+        "height",
+        "width",
+        "scene_height",
+        "scene_width",
+        "status",
+    )
+    table = read_columns(storage, unit_key(part, unit), columns)
+    found: dict[str, list[_StoredRow]] = {}
+    for index, row in enumerate(table.to_pylist()):
+        window = Window(row["row_off"], row["col_off"], row["height"], row["width"])
+        size = row["scene_height"], row["scene_width"]
+        found.setdefault(row["scene_id"], []).append(_StoredRow(window, size, row["status"], index))
+    return found
+
+
+def _load_pngs(storage: Storage, part: int, unit: int) -> Any:
+    """Return the encoded masks of a unit: a few hundredths of a byte a pixel."""
+    return read_columns(storage, unit_key(part, unit), ("mask",))["mask"]
+
+
+def _decode(pngs: Callable[[int, int], Any], part: int, unit: int, index: int) -> Any:
+    return decode_mask(pngs(part, unit)[index].as_py())
+
+
 class MaskReader:
     """Reads masks of a run by scene and window, however the run's blocks were cut.
 
@@ -90,36 +119,10 @@ class MaskReader:
     """
 
     def __init__(self, storage: Storage, cached_units: int = 4) -> None:
-        self._storage = storage
-        self._rows = lru_cache(maxsize=cached_units)(self._load_unit)
-        self._pngs = lru_cache(maxsize=cached_units)(self._load_pngs)
-        self._mask = lru_cache(maxsize=cached_units)(self._decode)
-
-    def _load_unit(self, part: int, unit: int) -> dict[str, list[_StoredRow]]:
-        columns = (
-            "scene_id",
-            "row_off",
-            "col_off",
-            "height",
-            "width",
-            "scene_height",
-            "scene_width",
-            "status",
-        )
-        table = read_columns(self._storage, unit_key(part, unit), columns)
-        found: dict[str, list[_StoredRow]] = {}
-        for index, row in enumerate(table.to_pylist()):
-            window = Window(row["row_off"], row["col_off"], row["height"], row["width"])
-            size = row["scene_height"], row["scene_width"]
-            found.setdefault(row["scene_id"], []).append(_StoredRow(window, size, row["status"], index))
-        return found
-
-    def _load_pngs(self, part: int, unit: int) -> Any:
-        """Return the encoded masks of a unit: a few hundredths of a byte a pixel."""
-        return read_columns(self._storage, unit_key(part, unit), ("mask",))["mask"]
-
-    def _decode(self, part: int, unit: int, index: int) -> Any:
-        return decode_mask(self._pngs(part, unit)[index].as_py())
+        # No methods of self: a reader that is let go is freed at once, with the masks that it keeps.
+        self._rows = lru_cache(maxsize=cached_units)(partial(_load_unit, storage))
+        pngs = lru_cache(maxsize=cached_units)(partial(_load_pngs, storage))
+        self._mask = lru_cache(maxsize=cached_units)(partial(_decode, pngs))
 
     def read(
         self, scene: SceneUnits, window: Window, scene_size: tuple[int, int] | None = None

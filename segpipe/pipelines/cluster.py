@@ -39,6 +39,7 @@ _MAX_RESTARTS = 4
 _ISOLATE_UNITS = 200
 # Ray replaces 127.0.0.1 by the machine's own address; only Linux answers on all of 127.0.0.0/8.
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+_WAVE_TASKS = 5_000
 _NO_PROGRESS_TIMEOUT_S = 6 * 3600
 _OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -70,6 +71,13 @@ class RayExecutor:
             yield from scenes
 
     def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
+        # In waves: every task costs the driver an object of Ray's.
+        for start in range(0, len(tasks), _WAVE_TASKS):
+            yield from self._run_wave(setup, pool, tasks[start : start + _WAVE_TASKS])
+
+    def _run_wave(
+        self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]
+    ) -> Iterator[UnitResult]:
         left, size = tasks, max(map(len, tasks), default=1)
         while left:
             ended: set[Unit] = set()
@@ -211,6 +219,9 @@ def _start_ray(address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # No usage reports: Ray Data would start a process for them and ask localhost for Prometheus.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     handlers = _main_thread_handlers()
     _print_ray_messages(False)
     try:

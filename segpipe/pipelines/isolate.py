@@ -21,7 +21,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from segpipe.errors import IncompleteError
+from segpipe.errors import CheckError, IncompleteError, SegpipeError, StorageFull, StorageRefused
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.local import Unit
 from segpipe.pipelines.resources import Pool
@@ -154,9 +154,16 @@ class Isolation:
     def _ended(self, place: _Place, case: _Case, call: Any) -> Iterator[UnitResult]:
         try:
             result = ray.get(call)
-        except RayTaskError as error:  # the worker lives: a bug of ours
+        except RayTaskError as error:  # the worker lives: storage that fails, or a bug of ours
+            cause = error.cause
+            if isinstance(cause, CheckError):
+                raise cause from None
             yield UnitResult(
-                *case.unit, "deferred", error=f"{type(error.cause).__name__}: {error.cause}", bug=True
+                *case.unit,
+                "deferred",
+                error=f"{type(cause).__name__}: {cause}",
+                fatal=isinstance(cause, StorageRefused | StorageFull),
+                bug=not isinstance(cause, SegpipeError),
             )
         except RayError as error:
             yield from self._lost(place, case, error)

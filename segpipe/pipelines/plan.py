@@ -11,7 +11,7 @@ from segpipe.config.model import SegpipeConfig
 from segpipe.errors import SceneError
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_part
-from segpipe.masks.read import SceneUnits, iter_plan, open_parquet
+from segpipe.masks.read import SceneUnits, iter_plan
 from segpipe.masks.run import Facts, list_parts, plan_key
 from segpipe.pipelines.events import Events
 from segpipe.rasters.header import inspect_scene
@@ -20,7 +20,7 @@ from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage
 
 Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]
-FindMasks = Callable[[Sequence[str]], dict[str, SceneUnits]]
+FindMasks = Callable[[Sequence[SceneSource]], dict[str, SceneUnits]]
 
 MAX_DOWNSAMPLE: Final = 16
 COARSE_FACTOR: Final = 1.5
@@ -31,6 +31,13 @@ def inspect_source(source: SceneSource, config: SegpipeConfig, card: ModelCard) 
     """Read one scene's header; a fault of the scene becomes a planned failure."""
     try:
         header = inspect_scene(source, len(card.bands), config.input)
+        if header.dtype != card.dtype:
+            raise SceneError(
+                "dtype",
+                f"its pixels are {header.dtype}, the model was trained on {card.dtype}",
+                source.where,
+                f"Convert it to {card.dtype}, or leave it out.",
+            )
     except SceneError as error:
         return PlanScene(source, None, error_kind=error.kind, error=str(error))
     asked = config.inference.downsample
@@ -147,7 +154,7 @@ def _plan_pages(
     done, total = 0, len(scenes)
     for page in scenes.pages(PART_SCENES):
         replaced = {source.scene_id: old for source, old in page if old is not None}
-        masks = find_masks([source.scene_id for source, _ in page]) if find_masks is not None else {}
+        masks = find_masks([source for source, _ in page]) if find_masks is not None else {}
         inspected = []
         for scene in inspect([source for source, _ in page]):
             scene_id = scene.source.scene_id
@@ -170,17 +177,3 @@ def known_scenes(storage: Storage, parts: Sequence[int]) -> Iterator[tuple[str, 
             columns = batch.to_pydict()
             for scene_id, version in zip(columns["scene_id"], columns["version"], strict=True):
                 yield scene_id, version, part
-
-
-def superseded_scenes(storage: Storage, parts: Sequence[int]) -> dict[str, int]:
-    """Return scene_id -> newest part of all scenes that a later part replaced."""
-    newest: dict[str, int] = {}
-    for part in parts:
-        if "replaces_part" not in open_parquet(storage, plan_key(part)).schema_arrow.names:
-            continue
-        for batch in iter_plan(storage, part, ("scene_id", "replaces_part")):
-            columns = batch.to_pydict()
-            for scene_id, old in zip(columns["scene_id"], columns["replaces_part"], strict=True):
-                if old is not None:
-                    newest[scene_id] = part
-    return newest

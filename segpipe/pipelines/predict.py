@@ -6,6 +6,7 @@ same command goes on after any interruption.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Sequence
@@ -13,15 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig, as_tree
 from segpipe.config.recipe import masks_recipe, recipe, recipe_key
 from segpipe.errors import ConfigError, InputError, ObjectMissing, StorageError, StorageRefused
 from segpipe.masks.plan import PART_SCENES, part_num_units
-from segpipe.masks.read import SceneUnits, iter_plan
+from segpipe.masks.read import iter_plan
 from segpipe.masks.run import (
     SUCCESS_KEY,
     Facts,
@@ -33,10 +31,11 @@ from segpipe.masks.run import (
     read_run,
     require_run,
 )
-from segpipe.models.header import model_sha256, read_card
+from segpipe.models.header import read_card_bytes
 from segpipe.pipelines.events import Events, counted
 from segpipe.pipelines.local import Executor, LocalExecutor, Unit
-from segpipe.pipelines.plan import FindMasks, Inspect, PlanTotals, known_scenes, make_plan, plan_part
+from segpipe.pipelines.mask_index import MaskIndex
+from segpipe.pipelines.plan import Inspect, PlanTotals, known_scenes, make_plan, plan_part
 from segpipe.pipelines.report import make_reports
 from segpipe.pipelines.resources import (
     Hardware,
@@ -51,7 +50,7 @@ from segpipe.pipelines.worker import WorkerSetup
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene_list import SceneList
-from segpipe.storage import Storage, open_storage
+from segpipe.storage import Storage, open_storage, read_uri
 
 _PACKAGES = ("segpipe", "torch", "torchvision", "ray", "pyarrow", "rasterio", "numpy")
 
@@ -123,8 +122,8 @@ def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
     if config.model is None:
         raise ConfigError("no model", "model", "Give --model URI of a model.safetensors.")
     with nothing_written():
-        card = read_card(config.model)
-        sha256 = model_sha256(config.model)
+        data = read_uri(config.model)
+        card, sha256 = read_card_bytes(data, config.model), hashlib.sha256(data).hexdigest()
     _check_input(config, card)
     return Job(config, card, sha256, recipe(config, card, sha256))
 
@@ -194,11 +193,19 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
             with nothing_written():
                 facts, pool, hardware = _resolve(job, storage, executor.hardware)
                 info = adopt_or_create(storage, _run_info(job, facts))
-            check_facts(info.facts, job.config, hardware, storage.root, of_masks=job.masks is not None)
-            totals = make_plan(
-                storage, scenes, info.facts, _inspector(job, executor, info), events, _mask_finder(job)
-            )
+            _check_start(job, info, hardware, storage.root)
+            index = MaskIndex(open_storage(job.masks_uri)) if job.masks_uri is not None else None
+            inspect = _inspector(job, executor, info)
+            totals = make_plan(storage, scenes, info.facts, inspect, events, index.find if index else None)
             _announce(totals, scenes, events)
+            if index is not None:
+                _warn_of(
+                    index.num_other_version,
+                    index.other_version,
+                    "whose file is not the one that the masks were made from",
+                    events,
+                )
+                index.close()
             return _complete(job, storage, info, pool, executor, events)
         finally:
             executor.close()
@@ -213,7 +220,7 @@ def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
         with _scenes(job, need_labels, events) as scenes, nothing_written():
             facts, pool, hardware = _resolve(job, storage, executor.hardware)
             info = adopt(read_run(storage), _run_info(job, facts), storage.root)
-            check_facts(info.facts, job.config, hardware, storage.root, of_masks=job.masks is not None)
+            _check_start(job, info, hardware, storage.root)
             scenes.forget_known(known_scenes(storage, list_parts(storage)))
             inspect = _inspector(job, executor, info)
             done, total = 0, len(scenes)
@@ -225,6 +232,17 @@ def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
             return DryRun(totals, scenes.num_known, info.facts, pool, hardware)
     finally:
         executor.close()
+
+
+def _check_start(job: Job, info: RunInfo, hardware: Hardware, where: str) -> None:
+    """Refuse a later start that would not go on with the same masks and scores."""
+    check_facts(info.facts, job.config, hardware, where, of_masks=job.masks is not None)
+    if job.config.input.label_map != info.config["input"]["label_map"]:
+        raise ConfigError(
+            "label_map is not the one that the run was started with, and its counts stay",
+            where,
+            "Give that one, or choose another --output.",
+        )
 
 
 def _scenes(job: Job, need_labels: bool, events: Events) -> SceneList:
@@ -263,29 +281,6 @@ def _inspector(job: Job, executor: Executor, info: RunInfo) -> Inspect:
     return lambda sources: executor.inspect(sources, job.config, info.card)
 
 
-def _mask_finder(job: Job) -> FindMasks | None:
-    """Return a look-up of where scenes' masks lie in the run that is scored (in their newest part).
-
-    The other run's plan is scanned once a page of scenes, so that no map of all scenes is held.
-    """
-    if job.masks_uri is None:
-        return None
-    storage = open_storage(job.masks_uri)
-    parts = list_parts(storage)
-
-    def find(scene_ids: Sequence[str]) -> dict[str, SceneUnits]:
-        wanted = pa.array(scene_ids, pa.string())
-        found: dict[str, SceneUnits] = {}
-        for part in parts:
-            for batch in iter_plan(storage, part, ("scene_id", "first_unit", "units")):
-                for row in batch.filter(pc.is_in(batch["scene_id"], wanted)).to_pylist():
-                    place = SceneUnits(row["scene_id"], part, row["first_unit"], row["units"])
-                    found[place.scene_id] = place
-        return found
-
-    return find
-
-
 def _announce(totals: PlanTotals, scenes: SceneList, events: Events) -> None:
     if scenes.num_known:
         known = counted(scenes.num_known, "scene")
@@ -298,9 +293,14 @@ def _announce(totals: PlanTotals, scenes: SceneList, events: Events) -> None:
             "with more bands than the model takes, of which the first are used",
         ),
     ):
-        if count:
-            more = f" and {count - len(names)} more" if count > len(names) else ""
-            events.warning(f"{counted(count, 'scene')} {what}: {', '.join(names)}{more}")
+        _warn_of(count, names, what, events)
+
+
+def _warn_of(count: int, names: Sequence[str], what: str, events: Events) -> None:
+    """Warn of scenes, the first few by name."""
+    if count:
+        more = f" and {count - len(names)} more" if count > len(names) else ""
+        events.warning(f"{counted(count, 'scene')} {what}: {', '.join(names)}{more}")
 
 
 def _complete(

@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from segpipe.masks.ledger import Totals
+from segpipe.masks.ledger import Replacements, Totals
 from segpipe.masks.plan import load_part, part_num_units
 from segpipe.masks.read import iter_plan, read_counts
 from segpipe.masks.run import SUCCESS_KEY, RunInfo, index_key, list_parts, list_units, unit_key
 from segpipe.masks.schema import INDEX_FIELDS
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.local import Executor
-from segpipe.pipelines.plan import superseded_scenes
 from segpipe.reports.html import render_html
 from segpipe.reports.tables import ReportBuilder, Reports, parquet_bytes, summary_json
 from segpipe.reports.totals import Planned
@@ -53,14 +52,14 @@ def make_reports(
     Raises CheckError, naming the object, where one is damaged.
     """
     parts = list_parts(storage)
-    newest = superseded_scenes(storage, parts)
+    replacements = Replacements(storage, parts)
     totals = Totals()
     with tempfile.TemporaryFile() as scenes_file, tempfile.TemporaryFile() as failures_file:
         builder = ReportBuilder(info.card.classes, scenes_file, failures_file)
         try:
             for part in parts:
-                totals += _report_part(storage, part, newest, builder, executor, events)
-            planned = None if complete else _planned(storage, info, parts, newest)
+                totals += _report_part(storage, part, replacements, builder, executor, events)
+            planned = None if complete else _planned(storage, info, parts, replacements)
         except BaseException:
             with suppress(Exception):
                 builder.close()  # its writers must end before their files do
@@ -75,14 +74,14 @@ def make_reports(
 def _report_part(
     storage: Storage,
     part: int,
-    newest: dict[str, int],
+    replacements: Replacements,
     builder: ReportBuilder,
     executor: Executor,
     events: Events,
 ) -> Totals:
     """Read one part's objects into its index and the score tables, and return what they amount to."""
     ranges = list(unit_ranges(storage, part))
-    replaced = pa.array([name for name, newest_part in newest.items() if newest_part > part], pa.string())
+    replaced = pa.array(sorted(replacements.of(part)), pa.string())
     index = io.BytesIO()
     totals, num_units = Totals(parts=1), sum(len(item.units) for item in ranges)
     with pq.ParquetWriter(index, _INDEX_SCHEMA, compression="zstd") as writer:
@@ -120,7 +119,8 @@ def read_range(item: UnitRange) -> Any:
         table = table.append_column("object", pa.repeat(pa.scalar(key, pa.string()), table.num_rows))
         table = table.append_column("object_bytes", pa.repeat(pa.scalar(size, pa.int64()), table.num_rows))
         tables.append(table)
-    return _join_plan(pa.concat_tables(tables), storage, item)
+    # Whole columns: a chunk a unit and column costs the driver a hundred times what its few rows do.
+    return _join_plan(pa.concat_tables(tables), storage, item).combine_chunks()
 
 
 def _join_plan(rows: Any, storage: Storage, item: UnitRange) -> Any:
@@ -147,11 +147,12 @@ def _current(rows: Any, replaced: Any) -> Any:
     return rows.filter(pc.invert(pc.is_in(rows["scene_id"], replaced))) if len(replaced) else rows
 
 
-def _planned(storage: Storage, info: RunInfo, parts: Sequence[int], newest: dict[str, int]) -> Planned:
+def _planned(storage: Storage, info: RunInfo, parts: Sequence[int], replacements: Replacements) -> Planned:
     scenes = blocks = pixels = 0
     for part in parts:
+        replaced = replacements.of(part)
         for scene in load_part(storage, part, info.facts).scenes():
-            if newest.get(scene.source.scene_id, part) > part:
+            if scene.source.scene_id in replaced:
                 continue
             grid = scene.grid(info.facts)
             scenes += 1

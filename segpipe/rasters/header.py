@@ -17,6 +17,9 @@ from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_b
 from segpipe.rasters.scene import SceneHeader, SceneSource
 from segpipe.rasters.validity import NAMED_RULES, ValidityRule, alpha_bands, find_rule
 
+MAX_SIDE_PX: Final = 1 << 22
+"""Longest side of a scene: tiles are listed axis by axis, so no header of one endless row may pass."""
+
 _PALETTE_BANDS: Final = (1, 1, 1)
 _TIME_TAGS: Final = ("ACQUISITIONDATETIME", "EXIF_DateTimeOriginal", "TIFFTAG_DATETIME", "EXIF_DateTime")
 
@@ -51,6 +54,9 @@ def check_limits(dataset: Any, driver: str, where: str, limits: LimitsConfig) ->
         size = f"{height} x {width} = {height * width:,} pixels"
         what = f"its header claims {size}, the limit is {limits.scene_px:,.0f}"
         raise SceneError("limit", what, where, "Raise input.limits.scene_px if that is true.")
+    if max(height, width) > MAX_SIDE_PX:
+        what = f"its header claims {height} x {width} pixels, the longest side may have {MAX_SIDE_PX:,}"
+        raise SceneError("limit", what, where, "Cut it into several scenes.")
     block_h, block_w = (height, width) if driver == "WEBP" else dataset.block_shapes[0]
     together = dataset.count if driver != "GTiff" or _is_pixel_interleaved(dataset) else 1
     size = block_h * block_w * together * max(np.dtype(_plain(name)).itemsize for name in dataset.dtypes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import tracemalloc
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from archive import write_scene
 from masks_run import make_facts
 
 from segpipe.config.model import InputConfig
+from segpipe.geometry.grid import Window
 from segpipe.masks.plan import PART_SCENES, PlanScene, load_part, part_num_units
+from segpipe.masks.read import MaskReader, SceneUnits
 from segpipe.masks.run import list_parts
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.plan import known_scenes, make_plan
@@ -145,6 +148,22 @@ def test_a_plan_of_40000_scenes_is_made_and_read_with_flat_memory(tmp_path: Path
 @pytest.mark.slow
 def test_a_plan_of_4000000_scenes_is_made_and_read_with_flat_memory(tmp_path: Path) -> None:
     check(tmp_path, 4_000_000, Resident(), 100 * 2**20)
+
+
+def test_parts_and_mask_readers_are_freed_when_they_are_let_go(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    make_plan(storage, ManyScenes(1001), FACTS, inspect, Events())  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        part = load_part(storage, 0, FACTS)
+        assert len(part.unit(part.num_units - 1)[-1].blocks) == 3
+        reader = MaskReader(storage)
+        assert reader.read(SceneUnits("n00000000", 0, 0, 1), Window(0, 0, 5, 7))[1] == 35
+        gone = weakref.ref(part), weakref.ref(reader)
+        del part, reader
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_two_planners_at_once_plan_every_scene_once(tmp_path: Path) -> None:

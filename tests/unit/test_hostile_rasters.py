@@ -18,7 +18,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry.grid import Window
 from segpipe.rasters.driver import driver_of, open_raster
 from segpipe.rasters.georeference import parse_aux
-from segpipe.rasters.header import inspect_scene
+from segpipe.rasters.header import MAX_SIDE_PX, inspect_scene
 from segpipe.rasters.reader import open_scene
 from segpipe.rasters.scene import SceneSource
 
@@ -163,6 +163,11 @@ def test_a_huge_aux_xml_is_not_read(tmp_path: Path) -> None:
 
 
 # --- limits
+
+
+def test_one_endless_row_is_refused_before_its_tiles_are_listed(tmp_path: Path) -> None:
+    path = write_sparse_tiff(tmp_path / "row.tif", 1, MAX_SIDE_PX + 1, 4096)
+    assert kind_of(source_of(path)) == "limit"
 
 
 def test_a_small_file_that_claims_100_gpx_is_refused_without_memory(tmp_path: Path) -> None:

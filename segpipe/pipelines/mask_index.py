@@ -1,0 +1,59 @@
+"""Where the masks of scenes lie in a finished run, looked up without holding all of its scenes."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Final
+
+from segpipe.masks.read import SceneUnits, iter_plan
+from segpipe.masks.run import list_parts
+from segpipe.rasters.scene import SceneSource
+from segpipe.storage import Storage
+
+_LOOKUPS_AT_ONCE: Final = 500
+_NAMED: Final = 5
+
+
+class MaskIndex:
+    """Scene id -> units of its newest part, in a temporary database on disk.
+
+    Counts the scenes whose file is not the version that the masks were made from: their scores compare
+    masks of one image with labels of another.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.num_other_version = 0
+        self.other_version: list[str] = []
+        """The first few of them."""
+        # An empty name is a private file that SQLite deletes; the driver's thread alone uses it.
+        self._database = sqlite3.connect("", check_same_thread=False)
+        self._database.execute(
+            "CREATE TABLE masks (scene_id TEXT PRIMARY KEY,"
+            " part INT, first_unit INT, units INT, version TEXT) WITHOUT ROWID"
+        )
+        columns = ("scene_id", "first_unit", "units", "version")
+        for part in list_parts(storage):
+            for batch in iter_plan(storage, part, columns):
+                scene_ids, first_units, units, versions = (batch[name].to_pylist() for name in columns)
+                rows = zip(scene_ids, [part] * len(units), first_units, units, versions, strict=True)
+                self._database.executemany("INSERT OR REPLACE INTO masks VALUES (?, ?, ?, ?, ?)", rows)
+
+    def find(self, sources: Sequence[SceneSource]) -> dict[str, SceneUnits]:
+        """Return where the masks of these scenes lie; scenes without masks are left out."""
+        found: dict[str, SceneUnits] = {}
+        versions = {source.scene_id: str(source.version) for source in sources}
+        scene_ids = list(versions)
+        for start in range(0, len(scene_ids), _LOOKUPS_AT_ONCE):
+            asked = scene_ids[start : start + _LOOKUPS_AT_ONCE]
+            query = f"SELECT * FROM masks WHERE scene_id IN ({','.join('?' * len(asked))})"
+            for scene_id, part, first_unit, units, version in self._database.execute(query, asked):
+                found[scene_id] = SceneUnits(scene_id, part, first_unit, units)
+                if version.split(";")[0] != versions[scene_id]:
+                    self.num_other_version += 1
+                    if len(self.other_version) < _NAMED:
+                        self.other_version.append(scene_id)
+        return found
+
+    def close(self) -> None:
+        self._database.close()
