@@ -290,7 +290,8 @@ def _look_at_all(texts: Sequence[str]) -> list[Input]:
     absent = [text for text, source in zip(texts, found, strict=True) if source is None]
     if absent:
         more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
-        what = f"no such file, folder or prefix: {', '.join(map(printable, absent[:_SHOWN]))}{more}"
+        named = ", ".join(map(printable, absent[:_SHOWN])) + more
+        what = f"no such file, or a folder or prefix with nothing in it: {named}"
         raise InputError(what, "input.scenes", "Correct the path; a glob needs quotes in a shell.")
     return [source for source in found if source is not None]
 

@@ -484,7 +484,7 @@ def test_what_is_not_there_is_counted_and_named(root: str) -> None:
     put(root, "a.tif")
     missing = [f"{root}/m{index}.tif" for index in range(7)]
     message = fault(f"{root}/a.tif", *missing)
-    assert "no such file, folder or prefix" in message
+    assert "no such file, or a folder or prefix with nothing in it" in message
     assert "m0.tif" in message
     assert "m4.tif and 2 more" in message
     put(root, "list.txt", data=b"a.tif\ngone.tif\n")
@@ -580,7 +580,7 @@ def test_every_kind_of_input_works_on_s3(s3_prefix: str) -> None:
     assert [source.scene_id for source in members] == ["p/00000000", "p/00000001", "t/k1", "t/k2"]
     assert [read_member(source)[:6] for source in members] == [b"one", b"two", b"k1k1k1", b"k2k"]
     assert [read_label_member(source) for source in members] == [None, b"truth", b"k1k1k", None]
-    assert "no such file, folder or prefix" in fault(f"{root}/nothing")
+    assert "no such file, or a folder or prefix with nothing in it" in fault(f"{root}/nothing")
     assert "no scene there" in fault(f"{root}/in/*.png")
 
 
