@@ -131,6 +131,48 @@ def export(
 
 
 @app.command()
+def prepare(
+    layout: Annotated[
+        str,
+        typer.Argument(
+            metavar="LAYOUT", help="How the data lie: archive, camvid, cityscapes, coco, folder, voc."
+        ),
+    ],
+    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Root folders, or scenes.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="URI of the data set.")] = None,
+    labels: Labels = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--split", metavar="NAME=PART", help="A fraction, or a glob of sample ids; the rest is train."
+        ),
+    ] = None,
+    form: Annotated[str | None, typer.Option("--format", help="parquet, or tar (WebDataset).")] = None,
+    licence: Annotated[str | None, typer.Option("--licence", help="Licence text of the data.")] = None,
+    config: Config = None,
+    sets: Sets = None,
+    executor: ExecutorFlag = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make training shards and dataset.json from images and labels. The same command resumes."""
+    from segpipe.cli.prepare import prepare_command
+
+    flags = {
+        "layout": layout,
+        "sources": sources,
+        "output": output,
+        "labels": labels,
+        "format": form,
+        "licence": licence,
+        "cluster.executor": executor,
+    }
+    raise typer.Exit(
+        prepare_command(config, flags, sets or [], splits=split or [], dry_run=dry_run, as_json=as_json)
+    )
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the results.")] = "segpipe-demo",
     executor: ExecutorFlag = None,
@@ -185,13 +227,13 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         code = app(args=arguments, standalone_mode=False)
+    except _Terminated:
+        code = 143
     except SegpipeError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except _Terminated:
-        code = 143
     except BrokenPipeError:
         sys.stdout = None
         code = 141

@@ -41,11 +41,17 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(archive: Archive, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The mask objects of a run of one worker of one thread, in one process without Ray."""
+def undisturbed_run(archive: Archive, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one worker of one thread, in one process without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
     code, command = run(archive.predict(folder / "run", "--executor", "local"), folder)
     assert code == 0, command.stderr
-    objects = mask_objects(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_run: Path) -> dict[str, bytes]:
+    """The mask objects of the undisturbed run by key."""
+    objects = mask_objects(undisturbed_run)
     assert len(objects) == NUM_UNITS
     return objects

@@ -1,0 +1,94 @@
+"""The command that makes training shards."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from segpipe.cli.progress import ProgressEvents
+from segpipe.config.prepare import PrepareConfig, load_prepare
+from segpipe.errors import ConfigError
+from segpipe.pipelines.events import counted
+from segpipe.pipelines.predict import nothing_written
+from segpipe.pipelines.prepare import Prepared, plan_prepare, run_prepare
+from segpipe.storage import read_uri
+
+
+def prepare_command(
+    config_uri: str | None,
+    flags: dict[str, Any],
+    sets: list[str],
+    *,
+    splits: list[str],
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Prepare a data set and return the exit code. ``splits``: "val=0.2" or "val=GLOB", as typed."""
+    config = _read_config(config_uri, {**flags, **_split_flags(splits)}, sets)
+    if dry_run:
+        _print_plan(config, as_json)
+        return 0
+    with ProgressEvents() as events:
+        done = run_prepare(config, events)
+    _print_prepared(done, as_json)
+    return 0
+
+
+def _read_config(uri: str | None, flags: dict[str, Any], sets: list[str]) -> PrepareConfig:
+    text = None
+    if uri is not None:
+        try:
+            with nothing_written():
+                text = read_uri(uri).decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError("the config is not UTF-8 text", uri) from error
+    return load_prepare(text, flags, sets, uri or "flags")
+
+
+def _split_flags(splits: list[str]) -> dict[str, Any]:
+    fractions: dict[str, float] = {}
+    globs: dict[str, list[str]] = {}
+    for item in splits:
+        name, equals, value = item.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError(f"{item!r} is no split", "--split", "Write NAME=FRACTION or NAME=GLOB.")
+        try:
+            fractions[name] = float(value)
+        except ValueError:
+            globs.setdefault(name, []).append(value)
+    return {"split.fractions": fractions or None, "split.globs": globs or None}
+
+
+def _print_plan(config: PrepareConfig, as_json: bool) -> None:
+    shards = plan_prepare(config)
+    samples = Counter[str]()
+    for shard in shards:
+        samples[shard.split] += len(shard.refs)
+    tree = {
+        "schema_version": 1,
+        "layout": config.layout,
+        "shards": len(shards),
+        "samples": samples.total(),
+        "splits": dict(samples),
+        "source_bytes": sum(ref.size_bytes for shard in shards for ref in shard.refs),
+    }
+    if as_json:
+        print(json.dumps(tree))
+        return
+    print(f"{counted(samples.total(), 'sample')} in {counted(len(shards), 'shard')}")
+    for name, count in samples.items():
+        print(f"{name}: {counted(count, 'sample')}")
+
+
+def _print_prepared(done: Prepared, as_json: bool) -> None:
+    tree = done.dataset
+    if as_json:
+        print(json.dumps({"schema_version": 1, "output": done.output, "written": done.written, **tree}))
+        return
+    splits = ", ".join(f"{name} {split['samples']}" for name, split in tree["splits"].items())
+    print(f"{counted(tree['samples'], 'sample')} ({splits}), {counted(done.written, 'shard')} written now")
+    labelled = max(1, sum(tree["class_px"]))
+    for info, px in zip(tree["classes"], tree["class_px"], strict=False):
+        print(f"  {info['name']:<20} {100 * px / labelled:6.2f} %")
+    print(f"data set: {done.output}/dataset.json")

@@ -1,0 +1,146 @@
+"""The config of ``segpipe prepare``: which layout, where its pieces lie, how samples become shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from segpipe.config.card import ClassInfo
+from segpipe.config.load import _parse_mapping, _parse_yaml, _put, _shorten, _unknown_keys
+from segpipe.config.model import ClusterConfig, LimitsConfig
+from segpipe.errors import ConfigError
+
+LAYOUTS: Final = ("archive", "camvid", "cityscapes", "coco", "folder", "voc")
+LISTED_SPLITS: Final = ("camvid", "cityscapes", "coco", "voc")
+"""Layouts whose own files say which split a sample belongs to."""
+
+SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class SplitConfig(_Section):
+    """Which samples of a folder or an archive belong to which split; the rest is ``train``."""
+
+    fractions: dict[SplitName, Annotated[float, Field(gt=0, le=1)]] = {}
+    """Share of each split, by a hash of the sample's id (folder) or of its place (archive)."""
+    globs: dict[SplitName, tuple[str, ...]] = {}
+    """Sample ids that belong to a split, as globs; they come before the fractions."""
+    grid_m: float = Field(default=2000.0, gt=0)
+    """archive: side of the ground cells, all of whose samples go to one split, metres."""
+    seed: int = 0
+    """Enters the hash."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitConfig:
+        if sum(self.fractions.values()) > 1 + 1e-9:
+            raise ValueError("fractions: add up to more than 1")
+        return self
+
+
+class ArchiveConfig(_Section):
+    """How scenes become chips."""
+
+    chip_px: int = Field(default=512, ge=32, le=8192)
+    """Side of a chip; a smaller scene is one chip of its own size."""
+    min_label_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Chips of which at most this part has a label (not 255) are left out."""
+    exclude_area: str | None = None
+    """URI of a GeoJSON file: chips that touch its areas are left out."""
+    class_property: str | None = None
+    """Property of a GeoJSON feature that label_map maps; none: every feature is class 1."""
+
+
+class CocoConfig(_Section):
+    """Which annotations are read."""
+
+    annotations: dict[SplitName, str] = {}
+    """Annotation file of each split, below SRC; empty: the instances (else panoptic) files that are found."""
+    crowd: Literal["auto", "class", "ignore"] = "auto"
+    """Crowd regions: their class, or ignored; auto = ignored in instances, their class in panoptic."""
+
+
+class PrepareConfig(_Section):
+    """One ``segpipe prepare``."""
+
+    layout: Literal["archive", "camvid", "cityscapes", "coco", "folder", "voc"]
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Root folders of the data set; for folder and archive anything that names scenes."""
+    output: str | None = None
+    """URI of the folder for dataset.json and shards/."""
+    labels: str | None = None
+    """folder, archive: template of the label's path; {stem}, {parent}, {scene_id} are filled in."""
+    label_map: dict[str, int] = {}
+    """folder, archive: label value ("7"), colour ("#rrggbb") or property to class index; 255 = ignore."""
+    classes: tuple[ClassInfo, ...] = Field(default=(), max_length=255)
+    """folder, archive: names and colours; the index is the place in this list."""
+    split: SplitConfig = SplitConfig()
+    format: Literal["parquet", "tar"] = "parquet"
+    """Parquet rows, or WebDataset tar members."""
+    shard_samples: int = Field(default=256, ge=1)
+    """Most samples of a shard."""
+    shard_bytes: int = Field(default=1 << 26, ge=1)
+    """A shard is closed when its images pass this many bytes."""
+    licence: str | None = None
+    """Licence text of the data, kept in dataset.json."""
+    archive: ArchiveConfig = ArchiveConfig()
+    coco: CocoConfig = CocoConfig()
+    limits: LimitsConfig = LimitsConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> PrepareConfig:
+        own = self.layout not in LISTED_SPLITS
+        if own and not self.classes:
+            raise ValueError("classes: name them, with colours, for this layout")
+        if own and self.labels is None and self.layout == "archive":
+            raise ValueError("labels: give the template of the label rasters or GeoJSON files")
+        given = [name for name in ("labels", "label_map", "classes") if getattr(self, name)]
+        given += ["split"] if self.split.fractions or self.split.globs else []
+        if not own and given:
+            raise ValueError(f"{given[0]}: the layout {self.layout} brings its own")
+        top = len(self.classes)
+        if any(index != 255 and not 0 <= index < top for index in self.label_map.values()):
+            raise ValueError(f"label_map: class indices lie between 0 and {top - 1}, or are 255 (ignore)")
+        return self
+
+
+def load_prepare(
+    text: str | None, overrides: Mapping[str, Any], sets: Sequence[str], where: str
+) -> PrepareConfig:
+    """The config of a YAML ``text``, then ``overrides`` (dotted key -> value), then ``sets`` ("a.b=c").
+
+    Raises `ConfigError` that names unknown keys and values that do not fit.
+    """
+    tree = _parse_mapping(text, where) if text is not None else {}
+    for key, value in overrides.items():
+        if value is not None:
+            _put(tree, key, value)
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{item!r} is no setting", "--set", "Write it as section.key=value.")
+        _put(tree, key.strip(), _parse_yaml(value, f"--set {key}"))
+    faults = [*_unknown_keys(tree, PrepareConfig, "")]
+    if faults:
+        raise ConfigError("; ".join(faults), where, "See docs/prepare.md for all keys.")
+    try:
+        return PrepareConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_fault(item) for item in error.errors(include_url=False)]
+        raise ConfigError("; ".join(dict.fromkeys(lines)), where, "See docs/prepare.md.") from None
+
+
+def _fault(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":
+        rule = str(error["ctx"]["error"])
+        return f"{key}.{rule}" if key else rule
+    reason = error["msg"].removeprefix("Input should be ")
+    return f"{key}: {reason} (got {_shorten(error['input'])})"

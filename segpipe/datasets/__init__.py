@@ -1,0 +1,1 @@
+"""Training data: any layout of images and labels becomes shards of encoded samples."""

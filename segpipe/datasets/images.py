@@ -1,0 +1,157 @@
+"""Whole images: passed through as they are encoded, or encoded again where alpha or a palette is in them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+from segpipe.config.card import IGNORE, PIXEL_DTYPES, ClassInfo
+from segpipe.config.model import InputConfig, LimitsConfig
+from segpipe.datasets.layout import Sample, SampleRef
+from segpipe.errors import ObjectChanged, ObjectMissing, SceneError
+from segpipe.geometry.georef import Transform
+from segpipe.geometry.grid import Window
+from segpipe.rasters import georeference
+from segpipe.rasters.chips import encode_tiff
+from segpipe.rasters.driver import open_raster_bytes
+from segpipe.rasters.header import check_limits
+from segpipe.rasters.labels import open_label
+from segpipe.rasters.scene import SceneSource
+from segpipe.rasters.shards import read_member
+from segpipe.rasters.validity import ValidityRule, alpha_bands, find_rule, join_no_data, no_data_by_value
+from segpipe.storage import open_object
+
+Array = np.ndarray[Any, Any]
+
+_SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GTiff": "tif"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the header says."""
+
+    height: int
+    width: int
+    dtype: str
+    bands: tuple[int, ...]
+    rule: ValidityRule
+    palette: Array | None
+    """uint8 (4, 256) red, green, blue, alpha; None = no palette."""
+    located: tuple[str | None, Transform | None]
+    plain: bool
+    """The encoded image has just these bands, so it can be passed through."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """An image decoded from its encoded bytes."""
+
+    pixels: Array
+    valid: Array | None
+    suffix: str
+    plain: bool
+    crs: str | None
+    transform: Transform | None
+
+
+def read_pair(
+    ref: SampleRef, classes: tuple[ClassInfo, ...], label_map: dict[str, int], limits: LimitsConfig
+) -> Sample:
+    """Read an image and its label raster. Raises `SceneError` for either."""
+    data = read_encoded(ref.scene)
+    image = decode_image(data, ref.scene.where, limits)
+    height, width = image.pixels.shape[1:]
+    config = InputConfig(label_map=label_map, limits=limits)
+    with open_label(ref.scene, height, width, classes, config) as reader:
+        label = reader.read(Window(0, 0, height, width))
+    return whole_sample(data, image, label)
+
+
+def whole_sample(data: bytes, image: DecodedImage, label: Array) -> Sample:
+    """The sample of a whole image; pixels without data get the label 255."""
+    height, width = image.pixels.shape[1:]
+    if image.valid is not None:
+        label = np.where(image.valid, label, np.uint8(IGNORE))
+    encoded, suffix = (data, image.suffix) if image.plain else encode_image(image.pixels)
+    window = Window(0, 0, height, width)
+    return Sample(encoded, suffix, image.pixels, image.valid, label, window, image.crs, image.transform)
+
+
+def read_encoded(scene: SceneSource) -> bytes:
+    """The bytes of a scene's file or shard member, in the listed version. Raises `SceneError`."""
+    if scene.member is not None:
+        return read_member(scene)
+    storage, key = open_object(scene.uri)
+    try:
+        return storage.read_range(key, 0, scene.version.size_bytes, scene.version.etag)
+    except ObjectChanged:
+        raise SceneError("scene_changed", "it changed since it was listed", scene.uri) from None
+    except ObjectMissing:
+        raise SceneError("not_found", "it is gone", scene.uri) from None
+
+
+def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:
+    """Decode all bands but alpha; a palette becomes three. Raises `SceneError`."""
+    with open_raster_bytes(data, where) as raster:
+        raster.call("header", lambda dataset: check_limits(dataset, raster.driver, where, limits))
+        facts = raster.call("header", lambda dataset: _facts(dataset, where))
+        window = Window(0, 0, facts.height, facts.width)
+        alpha = () if facts.rule.alpha is None else (facts.rule.alpha,)
+        shape = (len(facts.bands) + len(alpha), facts.height, facts.width)
+        together = np.empty(shape, facts.dtype)
+        raster.read((*facts.bands, *alpha), window, together)
+        mask = raster.read_mask(window) if facts.rule.mask else None
+    pixels = together[: len(facts.bands)]
+    no_data = no_data_by_value(pixels, facts.rule.nodata)
+    opacity = together[-1] if alpha else None
+    if facts.palette is not None:
+        opacity = facts.palette[3].take(pixels[0])
+        pixels = facts.palette[:3].take(pixels[0], axis=1)
+    for zeros in (opacity, mask):
+        no_data = no_data if zeros is None else join_no_data(no_data, zeros)
+    valid = None if no_data is None else ~no_data
+    crs, transform = facts.located
+    return DecodedImage(pixels, valid, _SUFFIXES[raster.driver], facts.plain, crs, transform)
+
+
+def encode_image(pixels: Array) -> tuple[bytes, str]:
+    """Encode (bands, height, width) losslessly: 8-bit grey and RGB as PNG, else GeoTIFF; and the suffix."""
+    if pixels.dtype == np.uint8 and len(pixels) in (1, 3):
+        sink = io.BytesIO()
+        shown = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        Image.fromarray(shown).save(sink, "PNG", compress_level=4)
+        return sink.getvalue(), "png"
+    return encode_tiff(pixels), "tif"
+
+
+def _facts(dataset: Any, where: str) -> _Facts:
+    alpha = alpha_bands(dataset)
+    bands = tuple(number for number in range(1, dataset.count + 1) if number not in alpha)
+    dtypes = {str(dataset.dtypes[number - 1]) for number in bands}
+    if len(dtypes) != 1 or not dtypes <= set(PIXEL_DTYPES):
+        raise SceneError("dtype", f"its pixels are {' and '.join(sorted(dtypes))}", where, "Convert it.")
+    palette = _palette(dataset)
+    return _Facts(
+        height=dataset.height,
+        width=dataset.width,
+        dtype=dtypes.pop(),
+        bands=bands,
+        rule=find_rule(dataset, bands, "auto", False, where),
+        palette=palette,
+        located=georeference.of_dataset(dataset),
+        plain=not alpha and palette is None,
+    )
+
+
+def _palette(dataset: Any) -> Array | None:
+    if dataset.count != 1 or dataset.colorinterp[0].name != "palette":
+        return None
+    colours = np.zeros((4, 256), np.uint8)
+    for index, colour in dataset.colormap(1).items():
+        if 0 <= index < 256:
+            colours[:, index] = colour
+    return colours

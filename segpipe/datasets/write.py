@@ -1,0 +1,96 @@
+"""What a worker does: read the samples of one shard, count them, put the shard create-only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from segpipe.datasets.layout import Layout, Sample, SampleRef
+from segpipe.datasets.plan import ShardPlan
+from segpipe.datasets.shards import ShardMeta, encode_shard, read_meta
+from segpipe.datasets.statistics import Sums
+from segpipe.errors import InputError, SceneError
+from segpipe.storage import Storage, open_storage
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One shard to make; sent to a worker."""
+
+    shard: ShardPlan
+    layout: Layout
+    output: str
+    form: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """How a shard ended: with its meta, or with the faults of its samples, and then it was not written."""
+
+    number: int
+    meta: ShardMeta | None
+    faults: tuple[str, ...] = ()
+    skipped: bool = False
+
+
+def make_shard(task: ShardTask) -> ShardResult:
+    """Make one shard, unless it is there. Raises `InputError` where another shard has its name."""
+    storage, shard = open_storage(task.output), task.shard
+    if storage.stat(shard.key) is not None:
+        return ShardResult(shard.number, _adopted(storage, shard), skipped=True)
+    sums, rows, faults = Sums(), list[tuple[SampleRef, Sample]](), list[str]()
+    for ref in shard.refs:
+        try:
+            sample = task.layout.read(ref)
+        except SceneError as error:
+            faults.append(f"{ref.sample_id} ({error.kind}): {error}")
+            continue
+        if sample is None:
+            sums.dropped += 1
+            continue
+        if rows and (fault := _unlike(rows[0][1], sample, rows[0][0].sample_id)):
+            faults.append(f"{ref.sample_id} (bands): {fault}")
+            continue
+        sums.add(sample, len(task.layout.classes))
+        rows.append((ref, _without_pixels(sample)))
+    if faults:
+        return ShardResult(shard.number, None, tuple(faults))
+    bands, dtype = (rows[0][1].pixels.shape[0], str(rows[0][1].pixels.dtype)) if rows else (0, "")
+    meta = ShardMeta(shard.content_key, bands, dtype, sums)
+    if not storage.put_if_absent(shard.key, encode_shard(task.form, rows, meta, task.layout.classes)):
+        return ShardResult(shard.number, _adopted(storage, shard), skipped=True)
+    return ShardResult(shard.number, meta)
+
+
+def _adopted(storage: Storage, shard: ShardPlan) -> ShardMeta:
+    meta = read_meta(storage, shard.key)
+    if meta.content_key != shard.content_key:
+        raise InputError(
+            "the output holds a shard of other samples or another config",
+            storage.uri(shard.key),
+            "Choose another --output, or remove the old data set.",
+        )
+    return meta
+
+
+def _unlike(first: Sample, sample: Sample, name: str) -> str | None:
+    bands, dtype = first.pixels.shape[0], first.pixels.dtype
+    if (len(sample.pixels), sample.pixels.dtype) == (bands, dtype):
+        return None
+    return (
+        f"{len(sample.pixels)} bands of {sample.pixels.dtype}, but {name} has {bands} of {dtype}. "
+        "Convert the images to one kind."
+    )
+
+
+def _without_pixels(sample: Sample) -> Sample:
+    """The sample with an empty array for its pixels: a shard's decoded images need not fit in memory."""
+    return Sample(
+        sample.image,
+        sample.suffix,
+        sample.pixels[:, :0, :0].copy(),
+        None,
+        sample.label,
+        sample.window,
+        sample.crs,
+        sample.transform,
+    )

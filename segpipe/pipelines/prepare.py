@@ -1,0 +1,187 @@
+"""The driver of ``segpipe prepare``: list, plan shards, let workers make them, write dataset.json last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from segpipe.config.model import SegpipeConfig
+from segpipe.config.prepare import PrepareConfig
+from segpipe.datasets.dataset_file import DATASET_KEY, dataset_tree, read_dataset, to_json
+from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef, first_few
+from segpipe.datasets.layouts import make_layout
+from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
+from segpipe.datasets.shards import ShardMeta
+from segpipe.datasets.write import ShardResult, ShardTask, make_shard
+from segpipe.errors import ConfigError, InputError, SceneError
+from segpipe.pipelines.events import Events, counted
+from segpipe.pipelines.local import Executor
+from segpipe.pipelines.predict import nothing_written, start_executor
+from segpipe.storage import Storage, open_storage
+
+_SCENES_PER_TASK: Final = 16
+_MESSAGE_EVERY_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """How ``prepare`` ended; ``dataset`` is the content of dataset.json."""
+
+    output: str
+    dataset: dict[str, Any]
+    written: int
+    """Shards written now; the others were there."""
+
+
+def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
+    """Make the data set whole. The same call again goes on where it stopped, to the same bytes.
+
+    Raises `InputError` for input that is wrong, with the samples named; dataset.json is not written then.
+    """
+    if config.output is None:
+        raise ConfigError("no output", "output", "Give --output URI.")
+    storage = open_storage(config.output)
+    with nothing_written():
+        layout = make_layout(config)
+    executor = start_executor(SegpipeConfig(cluster=config.cluster))
+    try:
+        with nothing_written():
+            shards, left_out = _plan(config, layout, executor)
+            there = _look_at_output(storage, shards)
+        if there is not None:
+            events.message("the data set is there already; nothing to do")
+            return Prepared(config.output, there, 0)
+        num_samples = sum(len(shard.refs) for shard in shards)
+        events.message(f"{counted(num_samples, 'sample')} in {counted(len(shards), 'shard')}")
+        if left_out:
+            events.message(f"{counted(left_out, 'sample')} left out: excluded, or in two splits at once")
+        metas, written = _make_shards(config, layout, shards, executor, events)
+    finally:
+        executor.close()
+    tree = dataset_tree(config, layout.classes, shards, metas, left_out)
+    if not tree["samples"]:
+        raise InputError(
+            "no sample has enough labelled pixels",
+            ", ".join(config.sources),
+            "Check the labels and archive.min_label_fraction.",
+        )
+    if absent := tree["absent_classes"]:
+        events.warning(f"classes that never occur in the labels: {first_few(absent)}")
+    asked = {*config.split.fractions, *config.split.globs}
+    if empty := sorted(asked - {shard.split for shard in shards}):
+        events.warning(f"splits without a sample: {first_few(empty)}")
+    if not storage.put_if_absent(DATASET_KEY, to_json(tree)):
+        tree = _look_at_output(storage, shards) or tree
+    return Prepared(config.output, tree, written)
+
+
+def plan_prepare(config: PrepareConfig) -> list[ShardPlan]:
+    """List and plan, and write nothing; headers are read in this process."""
+    local = config.cluster.model_copy(update={"executor": "local"})
+    executor = start_executor(SegpipeConfig(cluster=local))
+    try:
+        with nothing_written():
+            return _plan(config, make_layout(config), executor)[0]
+    finally:
+        executor.close()
+
+
+def _plan(config: PrepareConfig, layout: Layout, executor: Executor) -> tuple[list[ShardPlan], int]:
+    """The shards, and how many samples the layout leaves out."""
+    listed = list(_samples(layout, executor, ", ".join(config.sources)))
+    kept = [ref for ref in listed if ref.split != LEFT_OUT]
+    shards = plan_shards(kept, config)
+    if not shards:
+        raise InputError("no sample is left", ", ".join(config.sources), "Look at the exclusions.")
+    return shards, len(listed) - len(kept)
+
+
+def _samples(layout: Layout, executor: Executor, where: str) -> Iterator[SampleRef]:
+    if not layout.expands:
+        yield from layout.listing()
+        return
+    scenes = list(layout.listing())
+    chunks = [scenes[i : i + _SCENES_PER_TASK] for i in range(0, len(scenes), _SCENES_PER_TASK)]
+
+    def expand(chunk: Sequence[SampleRef]) -> tuple[list[SampleRef], list[str]]:
+        refs, faults = list[SampleRef](), list[str]()
+        for scene in chunk:
+            try:
+                refs += layout.expand(scene)
+            except SceneError as error:
+                faults.append(f"{scene.sample_id} ({error.kind}): {error}")
+        return refs, faults
+
+    faulty: list[str] = []
+    for refs, faults in executor.map_ordered(expand, chunks):
+        faulty += faults
+        yield from refs
+    _refuse(faulty, "scene", where)
+
+
+def _look_at_output(storage: Storage, shards: Sequence[ShardPlan]) -> dict[str, Any] | None:
+    """The finished data set that is there; None = it is to be made. InputError for another one."""
+    there = read_dataset(storage)
+    if there is not None:
+        if there.get("key") == dataset_key(shards):
+            return there
+        raise InputError(
+            "the output holds a data set of other samples or another config",
+            storage.root,
+            "Choose another --output, or remove the old data set.",
+        )
+    planned = {shard.key for shard in shards}
+    for page in storage.list("shards/"):
+        if strange := [info.key for info in page if info.key not in planned]:
+            raise InputError(
+                f"the output holds objects that are not planned: {first_few(strange)}",
+                storage.root,
+                "Choose another --output, or remove the old data set.",
+            )
+    return None
+
+
+def _make_shards(
+    config: PrepareConfig, layout: Layout, shards: Sequence[ShardPlan], executor: Executor, events: Events
+) -> tuple[list[ShardMeta], int]:
+    """The meta of every shard in order, and how many were written now."""
+    assert config.output is not None
+    tasks = [ShardTask(shard, layout, config.output, config.format) for shard in shards]
+    metas: list[ShardMeta] = []
+    faults: list[str] = []
+    written, said_s = 0, time.monotonic()
+    for result in executor.map_ordered(make_shard, tasks):
+        faults += result.faults
+        if result.meta is not None:
+            metas.append(result.meta)
+            faults += _odd_bands(metas, shards, result)
+            written += not result.skipped
+        done = result.number + 1
+        if time.monotonic() - said_s > _MESSAGE_EVERY_S and done < len(shards):
+            said_s = time.monotonic()
+            events.message(f"{done} of {len(shards)} shards")
+    _refuse(faults, "sample", ", ".join(config.sources))
+    return metas, written
+
+
+def _refuse(faults: Sequence[str], noun: str, where: str) -> None:
+    if faults:
+        raise InputError(
+            f"{counted(len(faults), noun)} cannot be used: {first_few(faults)}",
+            where,
+            "Repair them, or leave them out; the same command then goes on.",
+        )
+
+
+def _odd_bands(metas: list[ShardMeta], shards: Sequence[ShardPlan], result: ShardResult) -> list[str]:
+    """The fault of a shard whose images are of another kind than those of the first shard."""
+    first = next((meta for meta in metas if meta.bands), None)
+    last = metas[-1]
+    if first is None or not last.bands or (first.bands, first.dtype) == (last.bands, last.dtype):
+        return []
+    return [
+        f"{shards[result.number].refs[0].sample_id} (bands): {last.bands} bands of {last.dtype}, "
+        f"the first samples have {first.bands} of {first.dtype}"
+    ]

@@ -1,0 +1,241 @@
+"""Scenes with label rasters and GeoJSON: chips, the pixel-centre rule, splits by place."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from layouts import Array, Heard, config_of, pixels_of, prepared, rows_of
+from rasterio.transform import Affine
+from rasterio.warp import transform_geom
+
+from segpipe.datasets.layout import SampleRef
+from segpipe.datasets.layouts import make_layout
+from segpipe.datasets.splits import ground_cells
+from segpipe.errors import InputError
+from segpipe.masks.codec import decode_mask
+from segpipe.pipelines.prepare import run_prepare
+
+CLASSES = ({"name": "ground", "color": (0, 0, 0)}, {"name": "house", "color": (255, 0, 0)})
+RASTERS = "{parent}/../labels/{stem}.tif"
+AREAS = "{parent}/../labels/{stem}.geojson"
+SMALL: dict[str, Any] = {"labels": RASTERS, "classes": CLASSES, "archive": {"chip_px": 32}}
+
+
+def write_scene(root: Path, name: str, image: Array, label: Array | None, *, left: float = 0.0) -> None:
+    """A scene of 1 m pixels in UTM zone 33 north, its upper left corner at (500000 + left, 5000000)."""
+    grid = {"crs": "EPSG:32633", "transform": Affine(1, 0, 500_000 + left, 0, -1, 5_000_000)}
+    arrays = {"scenes": image} if label is None else {"scenes": image, "labels": label[None]}
+    for folder, array in arrays.items():
+        path = root / folder / f"{name}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count, height, width = array.shape
+        shape = {"height": height, "width": width, "count": count, "photometric": "minisblack"}
+        with rasterio.open(path, "w", driver="GTiff", dtype=array.dtype, **shape, **grid) as file:
+            file.write(array)
+
+
+def write_areas(path: Path, geometries: list[dict[str, Any]], crs: str | None, **properties: Any) -> None:
+    features = [{"type": "Feature", "geometry": item, "properties": properties} for item in geometries]
+    tree: dict[str, Any] = {"type": "FeatureCollection", "features": features}
+    if crs is not None:
+        tree["crs"] = {"type": "name", "properties": {"name": crs}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree))
+
+
+def box(left: float, bottom: float, right: float, top: float) -> dict[str, Any]:
+    """A rectangle in metres from the corner of `write_scene`."""
+    xs, ys = (500_000 + left, 500_000 + right), (5_000_000 + bottom, 5_000_000 + top)
+    ring = [[xs[0], ys[0]], [xs[1], ys[0]], [xs[1], ys[1]], [xs[0], ys[1]], [xs[0], ys[0]]]
+    return {"type": "Polygon", "coordinates": [ring]}
+
+
+def chips(root: Path, **options: Any) -> list[SampleRef]:
+    layout = make_layout(config_of("archive", root / "scenes", root / "out", **SMALL | options))
+    return [ref for scene in layout.listing() for ref in layout.expand(scene) if ref.split]
+
+
+def blank(root: Path, name: str, side: int, **place: float) -> None:
+    write_scene(root, name, np.zeros((3, side, side), np.uint8), np.zeros((side, side), np.uint8), **place)
+
+
+def test_rasterised_outlines_equal_the_masks_exactly(shared_data: Path, tmp_path: Path) -> None:
+    root = shared_data / "hot-fair-buildings"
+    layout = make_layout(config_of("archive", root / "scenes", tmp_path, labels=AREAS, classes=CLASSES))
+    scenes = list(layout.listing())
+    assert len(scenes) == 13
+    ignored = 0
+    for scene in scenes:
+        with rasterio.open(root / "masks" / f"{scene.sample_id}.tif") as file:
+            truth = file.read(1)
+        for ref in layout.expand(scene)[:2]:
+            sample = layout.read(ref)
+            assert sample is not None
+            window = sample.window
+            part = truth[window.row_off : window.row_stop, window.col_off : window.col_stop]
+            known = sample.label != 255
+            assert np.array_equal(sample.label[known], part[known])
+            assert sample.pixels.shape == (3, 512, 512)
+            ignored += int((~known).sum())
+    assert ignored > 0  # holes in the alpha band
+
+
+def test_chips_cover_every_pixel_and_keep_their_place(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    image = random.integers(0, 256, (3, 70, 64), dtype=np.uint8)
+    label = random.integers(0, 2, (70, 64), dtype=np.uint8)
+    write_scene(tmp_path, "a", image, label)
+    prepared("archive", tmp_path / "scenes", tmp_path / "out", **SMALL)
+    seen = np.zeros((70, 64), bool)
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 6
+    for name, row in rows.items():
+        top, left, height, width = (row["window"][key] for key in ("row_off", "col_off", "height", "width"))
+        part = slice(top, top + height), slice(left, left + width)
+        assert name == f"a/r{top:05d}_c{left:05d}"
+        assert np.array_equal(pixels_of(row["image"]), image[:, part[0], part[1]].transpose(1, 2, 0))
+        assert np.array_equal(decode_mask(row["label"]), label[part])
+        assert row["crs"] == "EPSG:32633"
+        assert row["transform"] == [1, 0, 500_000 + left, 0, -1, 5_000_000 - top]
+        seen[part] = True
+    assert seen.all()
+
+
+def test_pixels_of_more_bands_and_bits_are_kept_without_loss(tmp_path: Path) -> None:
+    image = np.random.default_rng(2).integers(0, 60_000, (4, 40, 40), dtype=np.uint16)
+    write_scene(tmp_path, "a", image, np.ones((40, 40), np.uint8))
+    options = {"labels": RASTERS, "classes": CLASSES}
+    tree = prepared("archive", tmp_path / "scenes", tmp_path / "out", **options).dataset
+    assert (tree["bands"], tree["dtype"]) == (4, "uint16")
+    assert np.allclose(tree["mean"], image.reshape(4, -1).mean(axis=1), rtol=1e-12)
+    assert np.allclose(tree["std"], image.reshape(4, -1).astype(float).std(axis=1), rtol=1e-12)
+    (row,) = rows_of(tmp_path / "out").values()
+    with rasterio.io.MemoryFile(row["image"]) as memory, memory.open() as file:
+        assert np.array_equal(file.read(), image)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32633", "EPSG:3857", None])
+def test_areas_of_any_crs_are_burnt_by_the_pixel_centre(tmp_path: Path, crs: str | None) -> None:
+    write_scene(tmp_path, "a", np.zeros((3, 40, 40), np.uint8), None)
+    area = box(10.4, -20.4, 20.6, -5.6)  # holds the centres 10.5 .. 20.5 and -19.5 .. -6.5
+    if crs != "EPSG:32633":
+        area = transform_geom("EPSG:32633", crs or "OGC:CRS84", area)
+    write_areas(tmp_path / "labels/a.geojson", [area], crs and f"urn:ogc:def:crs:EPSG::{crs[5:]}")
+    prepared("archive", tmp_path / "scenes", tmp_path / "out", labels=AREAS, classes=CLASSES)
+    (row,) = rows_of(tmp_path / "out").values()
+    expected = np.zeros((40, 40), np.uint8)
+    expected[6:20, 10:21] = 1
+    assert np.array_equal(decode_mask(row["label"]), expected)
+
+
+def test_properties_become_classes_and_unknown_ones_are_named(tmp_path: Path) -> None:
+    write_scene(tmp_path, "a", np.zeros((3, 40, 40), np.uint8), None)
+    write_areas(tmp_path / "labels/a.geojson", [box(0, -9, 9, 0)], "EPSG:32633", kind="shed")
+    options = {**SMALL, "labels": AREAS, "archive": {"chip_px": 64, "class_property": "kind"}}
+    source, output = tmp_path / "scenes", tmp_path / "out"
+    with pytest.raises(InputError, match=r"the property kind is 'shed'"):
+        prepared("archive", source, output, label_map={"house": 1}, **options)
+    tree = prepared("archive", source, output, label_map={"shed": 255, "house": 1}, **options).dataset
+    assert tree["class_px"] == [40 * 40 - 81, 0]
+    assert tree["ignore_px"] == 81
+
+
+def test_no_ground_lies_on_both_sides_of_a_split(tmp_path: Path) -> None:
+    for number in range(4):  # neighbours overlap by half
+        blank(tmp_path, f"s{number}", 96, left=48 * number)
+    refs = chips(tmp_path, split={"fractions": {"val": 0.4}, "grid_m": 70})
+    ground: dict[tuple[int, int], set[str]] = defaultdict(set)
+    for ref in refs:
+        assert ref.window is not None
+        left = 48 * int(ref.scene.scene_id[1:]) + ref.window.col_off
+        for row in range(ref.window.row_off, ref.window.row_stop):
+            for col in range(left, left + 32):
+                ground[row, col].add(ref.split)
+    assert {ref.split for ref in refs} == {"train", "val"}
+    assert max(map(len, ground.values())) == 1
+
+
+def test_added_scenes_move_no_chip(tmp_path: Path) -> None:
+    found = []
+    for count in (3, 8):
+        for number in range(count):
+            blank(tmp_path, f"s{number}", 64, left=200 * number)
+        split = {"fractions": {"val": 0.3, "test": 0.3}, "grid_m": 100}
+        found.append({ref.sample_id: ref.split for ref in chips(tmp_path, split=split)})
+    assert len(found[0]) > 3
+    assert found[0].items() <= found[1].items()
+    assert len(set(found[1].values())) > 1
+
+
+def test_cells_of_a_box_are_those_of_its_parts() -> None:
+    whole = set(ground_cells((14.0, 45.0, 14.05, 45.03), 500))
+    west = set(ground_cells((14.0, 45.0, 14.02, 45.03), 500))
+    east = set(ground_cells((14.02, 45.0, 14.05, 45.03), 500))
+    assert west | east == whole
+    assert 7 * 7 <= len(whole) <= 9 * 9  # 3.94 km x 3.34 km
+    across = set(ground_cells((179.99, 0, 180.01, 0.001), 500))
+    assert across >= set(ground_cells((-180, 0, -179.999, 0.001), 500))
+
+
+def test_excluded_areas_leave_out_the_chips_they_touch(tmp_path: Path) -> None:
+    blank(tmp_path, "a", 96)
+    exclude = tmp_path / "exclude.geojson"
+    write_areas(exclude, [box(40, -50, 41, -31.5)], "EPSG:32633")
+    refs = chips(tmp_path, archive={"chip_px": 32, "exclude_area": str(exclude)})
+    assert len(refs) == 7
+    assert not {ref.sample_id for ref in refs} & {"a/r00000_c00032", "a/r00032_c00032"}
+
+
+def test_left_out_chips_and_empty_splits_are_said(tmp_path: Path) -> None:
+    blank(tmp_path, "a", 96)
+    write_areas(tmp_path / "exclude.geojson", [box(40, -50, 41, -40)], "EPSG:32633")
+    archive = {"chip_px": 32, "exclude_area": str(tmp_path / "exclude.geojson")}
+    options = SMALL | {"archive": archive, "split": {"globs": {"test": ("other*",)}}}
+    heard = Heard()
+    tree = run_prepare(config_of("archive", tmp_path / "scenes", tmp_path / "out", **options), heard).dataset
+    assert (tree["samples"], tree["left_out"]) == (8, 1)
+    assert "1 sample left out: excluded, or in two splits at once" in heard.lines
+    assert "splits without a sample: test" in heard.warnings
+
+
+def test_chips_without_label_are_left_out_and_counted(tmp_path: Path) -> None:
+    label = np.full((64, 64), 255, np.uint8)
+    label[:10, :10] = 1
+    write_scene(tmp_path, "a", np.zeros((3, 64, 64), np.uint8), label)
+    tree = prepared("archive", tmp_path / "scenes", tmp_path / "out", **SMALL).dataset
+    assert (tree["samples"], tree["dropped"]) == (1, 3)
+    label[:] = 255
+    write_scene(tmp_path, "a", np.zeros((3, 64, 64), np.uint8), label)
+    with pytest.raises(InputError, match="no sample has enough labelled pixels"):
+        prepared("archive", tmp_path / "scenes", tmp_path / "none", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        (None, "no GeoJSON FeatureCollection"),
+        ({"type": "Point", "coordinates": [1, 2]}, "holds a Point"),
+        ({"type": "Polygon", "coordinates": [[]]}, "cannot be"),
+    ],
+)
+def test_broken_geojson_is_named(tmp_path: Path, geometry: dict[str, Any] | None, message: str) -> None:
+    write_scene(tmp_path, "a", np.zeros((3, 40, 40), np.uint8), None)
+    write_areas(tmp_path / "labels/a.geojson", [geometry] if geometry else [], None)
+    if geometry is None:
+        (tmp_path / "labels/a.geojson").write_text('{"type": "Polygon"}')
+    with pytest.raises(InputError, match=message):
+        prepared("archive", tmp_path / "scenes", tmp_path / "out", labels=AREAS, classes=CLASSES)
+
+
+def test_a_scene_that_cannot_be_opened_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    blank(tmp_path, "a", 40)
+    (tmp_path / "scenes/a.tif").write_bytes(b"II*\0 broken")
+    with pytest.raises(InputError, match=r"1 scene cannot be used: a \(header\)"):
+        prepared("archive", tmp_path / "scenes", tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
