@@ -279,7 +279,8 @@ def _make_folders(folder: str) -> None:
     """Make ``folder`` and what is missing above it, each name synced into its parent."""
     missing = []
     while not os.path.isdir(folder):
-        if os.path.lexists(folder):
+        # Looked at again: another writer may have made it since.
+        if os.path.lexists(folder) and not os.path.isdir(folder):
             raise StorageRefused("a file is where a folder is needed", folder, "Choose another place.")
         missing.append(folder)
         folder = os.path.dirname(folder)

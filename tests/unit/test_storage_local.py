@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +337,11 @@ def test_relative_and_file_uris_open_the_same_folder(tmp_path: Path, monkeypatch
     assert open_storage("run").root == open_storage((tmp_path / "run").as_uri()).root == str(tmp_path / "run")
     assert open_storage("run/").uri("a/b") == str(tmp_path / "run/a/b")
     assert open_storage("/").uri("a") == "/a"
+
+
+def test_writers_that_make_the_same_new_folder_at_once_all_succeed(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    for round_number in range(60):
+        with ThreadPoolExecutor(8) as pool:
+            keys = [f"new-{round_number}/below/{number}" for number in range(8)]
+            assert all(pool.map(lambda key: storage.put_if_absent(key, b"x"), keys))
