@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from engine_loops import LoopProcess
 
+from segpipe.inference.defaults import CPU_BATCH
+
 pytestmark = pytest.mark.benchmark
 
 SIDE_PX = 8192
@@ -56,32 +58,29 @@ def predict_seconds(archive: Path, model: Path, output: Path, *sets: str) -> flo
     return archives.run_timed(archives.predict_command(archive, model, output, *sets)).seconds
 
 
+@pytest.mark.parametrize("executor", ["ray", "local"])
 @pytest.mark.parametrize("family", ["unet:16", "lraspp_mobilenet_v3_large"])
-def test_steady_state_against_the_engine(folder: Path, family: str) -> None:
+def test_steady_state_against_the_engine(folder: Path, family: str, executor: str) -> None:
     scene = archives.write_scene(folder / "scene.tif", SIDE_PX)
-    model = archives.write_model(folder / "model.safetensors", family)
+    model = archives.write_model(folder / f"{family.partition(':')[0]}.safetensors", family)
     one, two = (archives.make_archive(folder, scene, copies) for copies in (1, 2))
-    loop = LoopProcess("engine", family, 2, 4, (TILES, TILES))
+    loop = LoopProcess("engine", family, 2, CPU_BATCH, (TILES, TILES))
     engine_s: list[float] = []
-    slopes: dict[str, list[float]] = {"ray": [], "local": []}
+    slopes: list[float] = []
     for _ in range(ROUNDS):
-        for executor, values in slopes.items():
-            engine_s.append(loop.time())
-            option = f"cluster.executor={executor}"
-            short = predict_seconds(one, model, folder / "run", option)
-            long = predict_seconds(two, model, folder / "run", option)
-            values.append(long - short)
-            print(
-                f"{family} {executor}: {short:.1f} s, {long:.1f} s; engine {engine_s[-1]:.1f} s", flush=True
-            )
-    loop.close()
-    base = archives.median(engine_s)
-    for executor, values in slopes.items():
-        slope = archives.median(values)
-        print(
-            f"{family} {executor}: {TILES**2 / slope:.2f} tiles/s, {SIDE_PX**2 / 1e6 / slope:.2f} Mpx/s, "
-            f"{base / slope:.3f} of the engine loop ({TILES**2 / base:.2f} tiles/s)"
+        engine_s.append(loop.time())
+        short, long = (
+            predict_seconds(archive, model, folder / "run", f"cluster.executor={executor}")
+            for archive in (one, two)
         )
+        slopes.append(long - short)
+        print(f"{family} {executor}: {short:.1f} s, {long:.1f} s; engine {engine_s[-1]:.1f} s", flush=True)
+    loop.close()
+    base, slope = archives.median(engine_s), archives.median(slopes)
+    print(
+        f"{family} {executor}: {TILES**2 / slope:.2f} tiles/s, {SIDE_PX**2 / 1e6 / slope:.2f} Mpx/s, "
+        f"{base / slope:.3f} of the engine loop ({TILES**2 / base:.2f} tiles/s)"
+    )
 
 
 def test_whole_run_against_monai(folder: Path) -> None:
