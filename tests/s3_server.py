@@ -25,7 +25,7 @@ import botocore.session
 
 ACCESS_KEY, SECRET_KEY = "segpipetests", "not-a-secret-of-anyone"
 READ_ONLY_KEY = "segpipereader"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 _PORTS = (
     "master.port",
     "master.port.grpc",

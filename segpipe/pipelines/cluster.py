@@ -40,7 +40,7 @@ _ISOLATE_UNITS = 200
 # Ray replaces 127.0.0.1 by the machine's own address; only Linux answers on all of 127.0.0.0/8.
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 _WAVE_TASKS = 5_000
-_NO_PROGRESS_TIMEOUT_S = 6 * 3600
+_NO_PROGRESS_TIMEOUT_S = 2 * 3600
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
@@ -78,22 +78,24 @@ class RayExecutor:
     def _run_wave(
         self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]
     ) -> Iterator[UnitResult]:
-        left, size = tasks, max(map(len, tasks), default=1)
-        while left:
-            ended: set[Unit] = set()
-            for result in self._run_pool(setup, pool, left):
-                ended.add((result.part, result.unit))
-                yield result
-            lost = [unit for task in left for unit in task if unit not in ended]
+        num_units, first = sum(map(len, tasks)), True
+        while True:
+            ended = fresh = 0
+            for result in self._run_pool(setup, pool, tasks):
+                ended += 1
+                # The second time most units are there already, and have been told of.
+                if first or not result.skipped:
+                    fresh += result.status == "done"
+                    yield result
             # A pool whose restarts are used up (nodes that come and go) is made anew while it gets on.
-            if not ended or len(lost) <= _ISOLATE_UNITS * pool.workers:
+            if not fresh or num_units - ended <= _ISOLATE_UNITS * pool.workers:
                 return
-            left = [lost[i : i + size] for i in range(0, len(lost), size)]
+            first = False
 
     def _run_pool(
         self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]
     ) -> Iterator[UnitResult]:
-        import ray.data
+        import ray.data.exceptions
 
         _configure_data(ray.data.DataContext.get_current())
         tables = [_unit_table(task) for task in tasks]
@@ -123,7 +125,7 @@ class RayExecutor:
                     if (fault := row.pop("fault")) is not None:
                         raise decode_fault(fault)
                     yield UnitResult(**row)
-        except RayError as error:
+        except (RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
             raise _stopped(error, setup.run_uri) from error
 
     def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
@@ -189,7 +191,7 @@ def _task_value(call: Any) -> Any:
         raise _stopped(error, "") from error
 
 
-def _stopped(error: RayError, where: str) -> IncompleteError:
+def _stopped(error: Exception, where: str) -> IncompleteError:
     return IncompleteError(
         f"Ray stopped the run ({first_line(error)})",
         where,

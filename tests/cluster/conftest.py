@@ -18,7 +18,7 @@ NUM_UNITS = 12
 def nothing_left_over() -> Iterator[None]:
     """After the last test no process lives that came of any command, Ray's own included."""
     yield
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while (left := tagged()) and time.monotonic() < end:
         time.sleep(0.1)
     for pid in left:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import pytest
 import ray
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
@@ -14,8 +17,12 @@ from ray.exceptions import (
 )
 
 from segpipe.errors import InputError, SceneError, SegpipeError, StorageRefused
+from segpipe.pipelines.cluster import RayExecutor
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import died_alone, first_line
+from segpipe.pipelines.local import Unit
+from segpipe.pipelines.resources import Pool
+from segpipe.pipelines.worker import UnitResult
 
 ACTOR_ID = ray.ActorID.nil().binary()
 PLAIN = ActorDiedErrorContext(
@@ -74,3 +81,32 @@ def test_any_other_error_comes_by_name_and_text() -> None:
     assert "ZeroDivisionError: by zero" in str(there)
     assert first_line(RayError("one\ntwo")) == "one"
     assert first_line(RayError("")) == "RayError"
+
+
+class ShortLivedPool(RayExecutor):
+    """A pool that computes ``lifetime`` units and loses the rest, as one whose restarts are used up."""
+
+    def __init__(self, lifetime: int) -> None:
+        self.lifetime, self.pools, self.done = lifetime, 0, set[Unit]()
+
+    def _run_pool(self, setup: Any, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
+        self.pools += 1
+        left = self.lifetime
+        for unit in (unit for task in tasks for unit in task):
+            if unit in self.done:
+                yield UnitResult(*unit, "done", skipped=True)
+            elif left > 0:
+                left -= 1
+                self.done.add(unit)
+                yield UnitResult(*unit, "done")
+
+
+@pytest.mark.parametrize(("lifetime", "pools", "computed"), [(1000, 1, 1000), (400, 2, 800), (0, 1, 0)])
+def test_a_pool_that_is_used_up_is_made_anew_while_it_gets_on(
+    lifetime: int, pools: int, computed: int
+) -> None:
+    executor = ShortLivedPool(lifetime)
+    tasks = [[(0, 10 * task + unit) for unit in range(10)] for task in range(100)]
+    results = list(executor.run(None, Pool(1, 1.0, 0, 1), tasks))  # type: ignore[arg-type]
+    assert (executor.pools, len(results)) == (pools, computed)
+    assert len({(result.part, result.unit) for result in results}) == computed, "each is told of once"

@@ -69,14 +69,13 @@ def test_a_signal_stops_everything_and_says_how_to_go_on(
     target = folder / "run"
     with started(archive.predict(target), folder, env=SLOW) as command:
         wait_for_objects(target, 2)
-        seconds = interrupt(command, number)
+        interrupt(command, number)
         assert command.process.returncode == expected, command.stderr
-        assert seconds < 15
         left_at_once = tagged(command.tag)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while tagged(command.tag) and time.monotonic() < end:
             time.sleep(0.1)
-        assert not tagged(command.tag), f"still there 10 s later (at once: {left_at_once})"
+        assert not tagged(command.tag), f"still there a minute later (at once: {left_at_once})"
     assert command.stderr.splitlines()[-1] == "stopped; the same command goes on where this one stopped"
     assert "Traceback" not in command.stderr
     code, again = run(archive.predict(target, "--executor", "local"), folder)

@@ -51,7 +51,7 @@ def head(folder: Path) -> Iterator[Head]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def wait_for_jobs(head: Head, timeout_s: float = 90) -> None:
+def wait_for_jobs(head: Head, timeout_s: float = 240) -> None:
     """Wait until the head takes jobs: it answers, and an agent is there to run them."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

@@ -58,13 +58,13 @@ def kill_at(process: subprocess.Popen[str], delay_s: float) -> None:
         process.wait(delay_s)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
 
 
 def wait_for_objects(process: subprocess.Popen[str], out: str, more_than: int) -> None:
     """Wait until the run has new mask objects, so that a kill falls in the middle of the work."""
     storage = open_storage(out)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while sum(map(len, storage.list("masks/"))) <= more_than and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -107,7 +107,7 @@ def test_a_run_killed_again_and_again_ends_byte_equal_without_strays(
 
 def test_a_run_killed_while_it_starts_goes_on(archive: Path, undisturbed: Path, tmp_path: Path) -> None:
     process = start(*command(archive, tmp_path / "run"))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not (tmp_path / "run/run.json").exists():
         assert process.poll() is None
         assert time.monotonic() < end
