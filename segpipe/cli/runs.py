@@ -50,18 +50,19 @@ def report_command(run: str, *, executor: str, as_json: bool) -> int:
     cluster = ClusterConfig.model_validate({"executor": executor})
     workers = start_executor(SegpipeConfig(cluster=cluster))
     try:
-        missing, total = missing_units(storage)
+        parts, total = missing_units(storage)
+        missing = sum(map(len, parts))
         with ProgressEvents() as events:
             summary = make_reports(storage, info, workers, events, complete=total > 0 and not missing)
     finally:
         workers.close()
     if as_json:
-        print(json.dumps({"schema_version": 1, "run": run, "missing": len(missing), "summary": summary}))
+        print(json.dumps({"schema_version": 1, "run": run, "missing": missing, "summary": summary}))
         return 0
     if summary.get("scores"):
         print_scores(summary, Console())
     if missing:
-        print(f"the run is unfinished: {len(missing)} of {total} units are missing", file=sys.stderr)
+        print(f"the run is unfinished: {missing} of {total} units are missing", file=sys.stderr)
     print(f"report: {run}/reports/report.html")
     return 0
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
@@ -25,9 +25,10 @@ from segpipe.errors import IncompleteError, InputError, SegpipeError
 from segpipe.masks.plan import PlanScene
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import Isolation, first_line
-from segpipe.pipelines.local import HEADER_THREADS, Unit, map_threads
+from segpipe.pipelines.local import HEADER_THREADS, map_threads
 from segpipe.pipelines.plan import inspect_source
 from segpipe.pipelines.resources import Hardware, Pool, this_machine
+from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
 from segpipe.rasters.scene import SceneSource
 
@@ -39,7 +40,9 @@ _MAX_RESTARTS = 4
 _ISOLATE_UNITS = 200
 # Ray replaces 127.0.0.1 by the machine's own address; only Linux answers on all of 127.0.0.0/8.
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
-_WAVE_TASKS = 5_000
+_WAVE_TASKS = 200
+"""Tasks a worker between two starts of the pool, which take seconds."""
+_MAX_WAVE_TASKS = 5_000
 _NO_PROGRESS_TIMEOUT_S = 2 * 3600
 _OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -70,14 +73,13 @@ class RayExecutor:
         for scenes in self._map_tasks(inspect_chunk, chunks):
             yield from scenes
 
-    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
-        # In waves: every task costs the driver an object of Ray's.
-        for start in range(0, len(tasks), _WAVE_TASKS):
-            yield from self._run_wave(setup, pool, tasks[start : start + _WAVE_TASKS])
+    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[PartUnits]) -> Iterator[UnitResult]:
+        # In waves: every task costs the driver some 60 kB of Ray's book-keeping until its dataset ends.
+        size = min(_MAX_WAVE_TASKS, _WAVE_TASKS * pool.workers)
+        for start in range(0, len(tasks), size):
+            yield from self._run_wave(setup, pool, tasks[start : start + size])
 
-    def _run_wave(
-        self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]
-    ) -> Iterator[UnitResult]:
+    def _run_wave(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[PartUnits]) -> Iterator[UnitResult]:
         num_units, first = sum(map(len, tasks)), True
         while True:
             ended = fresh = 0
@@ -92,9 +94,7 @@ class RayExecutor:
                 return
             first = False
 
-    def _run_pool(
-        self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]
-    ) -> Iterator[UnitResult]:
+    def _run_pool(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[PartUnits]) -> Iterator[UnitResult]:
         import ray.data.exceptions
 
         _configure_data(ray.data.DataContext.get_current())
@@ -131,10 +131,10 @@ class RayExecutor:
     def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
         return Isolation(setup, pool, units).results()
 
-    def map_ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+    def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
         return self._map_tasks(function, items)
 
-    def _map_tasks(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+    def _map_tasks(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
         task = ray.remote(num_cpus=1, max_retries=3)(function)
         limit = 2 * max(1, self.hardware.cpus)
         waiting: deque[Any] = deque()
@@ -199,9 +199,9 @@ def _stopped(error: Exception, where: str) -> IncompleteError:
     )
 
 
-def _unit_table(task: Sequence[Unit]) -> Any:
-    parts, units = zip(*task, strict=True)
-    return pa.table({"part": pa.array(parts, pa.int32()), "unit": pa.array(units, pa.int32())})
+def _unit_table(task: PartUnits) -> Any:
+    part = pa.repeat(pa.scalar(task.part, pa.int32()), len(task))
+    return pa.table({"part": part, "unit": pa.array(task.units, pa.int32())})
 
 
 def _configure_data(context: Any) -> None:

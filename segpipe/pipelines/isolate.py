@@ -23,8 +23,8 @@ from ray.exceptions import (
 
 from segpipe.errors import CheckError, IncompleteError, SegpipeError, StorageFull, StorageRefused
 from segpipe.pipelines.faults import decode_fault, encode_fault
-from segpipe.pipelines.local import Unit
 from segpipe.pipelines.resources import Pool
+from segpipe.pipelines.units import Unit
 from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
 
 DEATHS_ALONE: Final = 2

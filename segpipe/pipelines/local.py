@@ -12,12 +12,12 @@ from segpipe.config.model import SegpipeConfig
 from segpipe.masks.plan import PlanScene
 from segpipe.pipelines.plan import inspect_source
 from segpipe.pipelines.resources import Hardware, Pool, this_machine
+from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
 from segpipe.rasters.scene import SceneSource
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
-Unit = tuple[int, int]
 
 HEADER_THREADS = 8
 _TABLE_THREADS = 4
@@ -33,13 +33,13 @@ class Executor(Protocol):
     ) -> Iterable[PlanScene]:
         """Read headers, in the order given."""
 
-    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
+    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[PartUnits]) -> Iterator[UnitResult]:
         """Compute units; results come as they end. A unit whose worker died has no result."""
 
     def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
         """Compute units one a call, alone in a worker; one that ends it twice is written as failed."""
 
-    def map_ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+    def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
         """Apply a pure function to items, side by side, results in order, few of them held."""
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class LocalExecutor:
     ) -> Iterator[PlanScene]:
         return map_threads(lambda source: inspect_source(source, config, card), sources, HEADER_THREADS)
 
-    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[Sequence[Unit]]) -> Iterator[UnitResult]:
+    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[PartUnits]) -> Iterator[UnitResult]:
         if not tasks:
             return
         self._worker = Worker(setup)
@@ -67,7 +67,7 @@ class LocalExecutor:
     def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
         return iter(())
 
-    def map_ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+    def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
         return map_threads(function, items, _TABLE_THREADS)
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig, as_tree
 from segpipe.config.recipe import masks_recipe, recipe, recipe_key
@@ -33,7 +35,7 @@ from segpipe.masks.run import (
 )
 from segpipe.models.header import read_card_bytes
 from segpipe.pipelines.events import Events, counted
-from segpipe.pipelines.local import Executor, LocalExecutor, Unit
+from segpipe.pipelines.local import Executor, LocalExecutor
 from segpipe.pipelines.mask_index import MaskIndex
 from segpipe.pipelines.plan import Inspect, PlanTotals, known_scenes, make_plan, plan_part
 from segpipe.pipelines.report import make_reports
@@ -46,6 +48,7 @@ from segpipe.pipelines.resources import (
     resolve_facts,
     units_per_task,
 )
+from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import WorkerSetup
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.labels import parse_label_map
@@ -138,7 +141,7 @@ def _prepare_masks(config: SegpipeConfig, masks_uri: str) -> Job:
         raise ConfigError("this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}.")
     missing, units = missing_units(storage)
     if missing or storage.stat(SUCCESS_KEY) is None:
-        what = f"the run is unfinished: {len(missing)} of {counted(units, 'unit')} missing"
+        what = f"the run is unfinished: {sum(map(len, missing))} of {counted(units, 'unit')} missing"
         raise InputError(what, masks_uri, "Run the command that made it again.")
     parse_label_map(config.input.label_map, masks.card.num_classes)
     asked = masks_recipe(masks.recipe_key, config.input.label_map)
@@ -309,15 +312,16 @@ def _complete(
     outcome = Outcome(job.output, max_fraction=job.config.failures.max_fraction)
     setup = WorkerSetup(job.output, info, job.config.input, job.config.model)
     missing, outcome.units = missing_units(storage)
-    events.started(outcome.units, len(missing))
-    size = units_per_task(len(missing), _mean_unit_px(storage, info), pool.workers)
-    tasks = [missing[i : i + size] for i in range(0, len(missing), size)]
+    num_missing = sum(map(len, missing))
+    events.started(outcome.units, num_missing)
+    size = units_per_task(num_missing, _mean_unit_px(storage, info), pool.workers)
+    tasks = [task for units in missing for task in units.split(size)]
     deferred = _consume(executor.run(setup, pool, tasks), outcome, events)
-    lost = [unit for unit in missing_units(storage)[0] if unit not in deferred]
+    lost = [unit for units in missing_units(storage)[0] for unit in units if unit not in deferred]
     if lost:
         events.warning(f"{counted(len(lost), 'unit')} ended with a worker and will run again alone")
         _consume(executor.isolate(setup, pool, lost), outcome, events)
-    outcome.missing = len(missing_units(storage)[0])
+    outcome.missing = sum(map(len, missing_units(storage)[0]))
     outcome.summary = make_reports(storage, info, executor, events, complete=outcome.missing == 0)
     outcome.scenes = outcome.summary["scenes"]["all"]
     outcome.failed_scenes = outcome.summary["scenes"]["failed"] + outcome.summary["scenes"]["partial"]
@@ -345,14 +349,16 @@ def _consume(results: Iterator[Any], outcome: Outcome, events: Events) -> set[Un
     return deferred
 
 
-def missing_units(storage: Storage) -> tuple[list[Unit], int]:
+def missing_units(storage: Storage) -> tuple[list[PartUnits], int]:
     """Return the planned units without an object, and how many units are planned."""
-    missing: list[Unit] = []
+    missing: list[PartUnits] = []
     total = 0
     for part in list_parts(storage):
         num_units = part_num_units(storage, part)
         done = done_units(storage, part, num_units)
-        missing += [(part, unit) for unit in range(num_units) if not done[unit]]
+        absent = np.flatnonzero(np.frombuffer(done, np.uint8) == 0).astype(np.int32)
+        if len(absent):
+            missing.append(PartUnits(part, absent))
         total += num_units
     return missing, total
 

@@ -6,16 +6,14 @@ tables as they come, so it holds a few ranges and no more, whatever the number o
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from segpipe.masks.ledger import Replacements, Totals
 from segpipe.masks.plan import load_part, part_num_units
@@ -25,7 +23,7 @@ from segpipe.masks.schema import INDEX_FIELDS
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.local import Executor
 from segpipe.reports.html import render_html
-from segpipe.reports.tables import ReportBuilder, Reports, parquet_bytes, summary_json
+from segpipe.reports.tables import BufferedWriter, ReportBuilder, Reports, parquet_bytes, summary_json
 from segpipe.reports.totals import Planned
 from segpipe.storage import Storage, open_storage
 
@@ -80,25 +78,25 @@ def _report_part(
     events: Events,
 ) -> Totals:
     """Read one part's objects into its index and the score tables, and return what they amount to."""
-    ranges = list(unit_ranges(storage, part))
     replaced = pa.array(sorted(replacements.of(part)), pa.string())
-    index = io.BytesIO()
-    totals, num_units = Totals(parts=1), sum(len(item.units) for item in ranges)
-    with pq.ParquetWriter(index, _INDEX_SCHEMA, compression="zstd") as writer:
-        for item, rows in zip(ranges, executor.map_ordered(read_range, ranges), strict=True):
-            writer.write_table(rows.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA))
-            builder.add(_current(rows, replaced))
-            pixels = pc.sum(pc.multiply(rows["height"].cast(pa.int64()), rows["width"])).as_py()
-            num_bytes = sum(size for _, size in item.units)
-            totals += Totals(0, len(item.units), rows.num_rows, pixels or 0, num_bytes)
-            events.reporting(totals.units, num_units)
-    storage.put(index_key(part), index.getvalue())
+    num_units = part_num_units(storage, part)
+    totals = Totals(parts=1)
+    with tempfile.TemporaryFile() as index:
+        # Closed in any case: a writer that outlives its file complains at the end of the process.
+        with closing(BufferedWriter(index, _INDEX_SCHEMA)) as writer:
+            for read in executor.map_ordered(read_range, unit_ranges(storage, part, num_units)):
+                rows = read.rows
+                writer.write(rows.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA))
+                builder.add(_current(rows, replaced))
+                pixels = pc.sum(pc.multiply(rows["height"].cast(pa.int64()), rows["width"])).as_py()
+                totals += Totals(0, read.num_units, rows.num_rows, pixels or 0, read.num_bytes)
+                events.reporting(totals.units, num_units)
+        storage.put(index_key(part), _content(index))
     return totals
 
 
-def unit_ranges(storage: Storage, part: int) -> Iterator[UnitRange]:
+def unit_ranges(storage: Storage, part: int, num_units: int) -> Iterator[UnitRange]:
     """Iterate over the units of a part that have an object, in plan order, some at a time."""
-    num_units = part_num_units(storage, part)
     waiting: list[tuple[int, int]] = []
     for page in list_units(storage, part):
         waiting += [(unit, size) for unit, size in page if unit < num_units]
@@ -109,8 +107,17 @@ def unit_ranges(storage: Storage, part: int) -> Iterator[UnitRange]:
         yield UnitRange(storage.root, part, tuple(waiting))
 
 
-def read_range(item: UnitRange) -> Any:
-    """Return the index rows of some units, an Arrow table with the plan's facts of each scene joined on."""
+@dataclass(frozen=True, slots=True)
+class RangeRows:
+    """The index rows of some units, with the plan's facts of each scene joined on."""
+
+    rows: Any
+    num_units: int
+    num_bytes: int
+
+
+def read_range(item: UnitRange) -> RangeRows:
+    """Read the rows of some units, without their masks."""
     storage = open_storage(item.run_uri)
     tables = []
     for unit, size in item.units:
@@ -120,7 +127,8 @@ def read_range(item: UnitRange) -> Any:
         table = table.append_column("object_bytes", pa.repeat(pa.scalar(size, pa.int64()), table.num_rows))
         tables.append(table)
     # Whole columns: a chunk a unit and column costs the driver a hundred times what its few rows do.
-    return _join_plan(pa.concat_tables(tables), storage, item).combine_chunks()
+    rows = _join_plan(pa.concat_tables(tables), storage, item).combine_chunks()
+    return RangeRows(rows, len(item.units), sum(size for _, size in item.units))
 
 
 def _join_plan(rows: Any, storage: Storage, item: UnitRange) -> Any:

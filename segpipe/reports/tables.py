@@ -80,8 +80,8 @@ class ReportBuilder:
     ) -> None:
         self._classes = tuple(classes)
         self._schema = scene_schema(classes)
-        self._scenes = _BufferedWriter(scenes_file, self._schema)
-        self._failures = _BufferedWriter(failures_file, FAILURE_SCHEMA)
+        self._scenes = BufferedWriter(scenes_file, self._schema)
+        self._failures = BufferedWriter(failures_file, FAILURE_SCHEMA)
         self._totals = Totals(len(self._classes))
         self._pending: list[Any] = []
         self._pending_rows = 0
@@ -206,7 +206,7 @@ def scene_schema(classes: Sequence[ClassInfo]) -> Any:
     )
 
 
-class _BufferedWriter:
+class BufferedWriter:
     """Writes tables of any size as Parquet row groups of about one size; ``close`` leaves the file open."""
 
     def __init__(self, file: IO[bytes], schema: Any) -> None:

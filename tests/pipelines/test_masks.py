@@ -129,9 +129,10 @@ def test_objects_are_byte_equal_in_every_order_of_units(
     real = driver.missing_units
 
     def shuffled(storage: Any) -> Any:
-        units, total = real(storage)
-        random.Random(5).shuffle(units)
-        return units, total
+        missing, total = real(storage)
+        single = [unit for units in missing for unit in units.split(1)]
+        random.Random(5).shuffle(single)
+        return single, total
 
     monkeypatch.setattr(driver, "missing_units", shuffled)
     ok(predict(tmp_path / "in", model, tmp_path / "shuffled", **cut))

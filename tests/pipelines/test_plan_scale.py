@@ -135,8 +135,9 @@ def check(folder: Path, count: int, memory: Traced, most_growth_bytes: int) -> N
     for looks in (made.found, read):
         assert max(looks[2:]) - max(looks[:2]) < most_growth_bytes, looks
     missing, units = missing_units(storage)
-    assert units == totals.units == len(missing)
-    assert missing == sorted(set(missing))
+    assert units == totals.units == sum(map(len, missing))
+    assert [part.part for part in missing] == list(range(count // PART_SCENES))
+    assert all(part.units.tolist() == list(range(len(part))) for part in missing)
     planned = [scene_id for scene_id, _, _ in known_scenes(storage, [0, 1])]
     assert planned == [f"n{i:08d}" for i in range(2 * PART_SCENES)]
 
