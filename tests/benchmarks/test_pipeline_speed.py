@@ -7,6 +7,7 @@ sliding_window_inference; no-op model >= 85 Mpx/s on 2 cores.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.benchmark
 
 SIDE_PX = 8192
 TILES = 19  # a side of 8192 px has 19 tiles of 512 px with 32 px of margin
-ROUNDS = 2
+ROUNDS = int(os.environ.get("BENCHMARK_ROUNDS", "2"))
 
 MONAI_SCRIPT = """
 import sys, time

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import archives
 import pytest
-from test_pipeline_speed import NOOP_SCRIPT
+from test_pipeline_speed import NOOP_SCRIPT, ROUNDS
 
 from segpipe.storage import open_storage
 
@@ -47,7 +47,7 @@ def test_rate_over_s3(tmp_path: Path, s3_prefix: str, kind: str, sizes: tuple[in
     local = [archives.make_archive(tmp_path, scene, copies) for copies in sizes]
     remote = [upload(archive, s3_prefix) for archive in local]
     slopes: dict[str, list[float]] = {"local": [], "s3": []}
-    for _ in range(2):
+    for _ in range(ROUNDS):
         for place, pair in (("local", [str(path) for path in local]), ("s3", remote)):
             times = []
             for archive in pair:
