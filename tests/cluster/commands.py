@@ -162,7 +162,7 @@ def run(arguments: list[str], folder: Path, **options: Any) -> tuple[int, Comman
 
 
 def tagged(tag: str = "") -> dict[int, str]:
-    """Pid and name of all living processes that came of one command (default: of any of this session)."""
+    """Pid and name of all living processes that came of one command (default: of any of this test run)."""
     mark = f"{_TAG}={_SESSION}-{tag}".encode()
     found = {}
     for folder in Path("/proc").iterdir():
