@@ -12,6 +12,7 @@ LEVELS = {
     "cli": 6,
     "demo": 6,
     "pipelines": 5,
+    "training": 5,
     "reports": 4,
     "inference": 4,
     "datasets": 4,
@@ -25,13 +26,13 @@ LEVELS = {
     "errors": 0,
     "segpipe": 0,
 }
-SIDEWAYS = {("masks", "rasters"), ("cli", "demo"), ("demo", "cli")}
+SIDEWAYS = {("masks", "rasters"), ("cli", "demo"), ("demo", "cli"), ("training", "pipelines")}
 
 # Third-party packages that only some layers may import.
 ONLY_IN = {
-    "ray": {"pipelines"},
-    "torch": {"models", "inference", "pipelines"},
-    "torchvision": {"models", "inference"},
+    "ray": {"pipelines", "training"},
+    "torch": {"models", "inference", "datasets", "pipelines", "training"},
+    "torchvision": {"models", "inference", "datasets", "training"},
     "rasterio": {"rasters"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},

@@ -1,10 +1,10 @@
-"""One YAML text, flags and ``--set`` become one checked ``SegpipeConfig``; nothing is fetched here."""
+"""One YAML text, flags and ``--set`` become one checked config; nothing is fetched here."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, get_args
+from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -20,16 +20,31 @@ MAX_DEPTH: Final = 16
 _QUOTES: Final = "Correct it; text that begins with { or [ needs quotes."
 
 Tree = dict[str, Any]
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def load_config(
     text: str | None, overrides: Mapping[str, Any], sets: Sequence[str], where: str
 ) -> SegpipeConfig:
-    """The config of a YAML ``text``, then ``overrides`` (dotted key -> value), then ``sets`` ("a.b=c").
+    """The config of a run; see ``load_model_config``."""
+    return load_model_config(
+        SegpipeConfig, text, overrides, sets, where, "See `segpipe config schema` for all keys."
+    )
+
+
+def load_model_config(
+    model: type[Config],
+    text: str | None,
+    overrides: Mapping[str, Any],
+    sets: Sequence[str],
+    where: str,
+    fix: str,
+) -> Config:
+    """A ``model`` from a YAML ``text``, then ``overrides`` (dotted key -> value), then ``sets`` ("a.b=c").
 
     An override of None is left out: the flag was not given. The value of a set is parsed as YAML. ``where``
-    names the text in messages. Raises ``ConfigError`` that lists every fault at once: unknown keys with the
-    nearest valid one, and values that do not fit.
+    names the text in messages, ``fix`` tells where the keys are described. Raises ``ConfigError`` that lists
+    every fault at once: unknown keys with the nearest valid one, and values that do not fit.
     """
     tree = _parse_mapping(text, where) if text is not None else {}
     for key, value in overrides.items():
@@ -39,15 +54,15 @@ def load_config(
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"{item!r} is no setting", "--set", "Write it as section.key=value.")
-        _put(tree, key.strip(), _set_value(key.strip(), value))
-    faults = [*_unknown_keys(tree, SegpipeConfig, "")]
+        _put(tree, key.strip(), _set_value(model, key.strip(), value))
+    faults = [*_unknown_keys(tree, model, model)]
     if faults:
-        raise ConfigError("; ".join(faults), where, "See `segpipe config schema` for all keys.")
+        raise ConfigError("; ".join(faults), where, fix)
     try:
-        return SegpipeConfig.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        lines = _value_faults(error.errors(include_url=False))
-        raise ConfigError("; ".join(lines), where, "See `segpipe config schema` for what fits.") from None
+        lines = _value_faults(model, error.errors(include_url=False))
+        raise ConfigError("; ".join(lines), where, fix) from None
 
 
 def config_schema() -> Tree:
@@ -55,10 +70,10 @@ def config_schema() -> Tree:
     return SegpipeConfig.model_json_schema()
 
 
-def _set_value(key: str, value: str) -> Any:
+def _set_value(root: type[BaseModel], key: str, value: str) -> Any:
     """The value of a set: YAML, but for a text field other than YAML text counts as it stands."""
     where = f"--set {key}"
-    if not _takes_text(key):
+    if not _takes_text(root, key):
         return _parse_yaml(value, where)
     if value.lstrip().startswith("{"):
         return value.strip()
@@ -66,9 +81,9 @@ def _set_value(key: str, value: str) -> Any:
     return parsed if parsed is None or isinstance(parsed, str) else value.strip()
 
 
-def _takes_text(dotted: str) -> bool:
+def _takes_text(root: type[BaseModel], dotted: str) -> bool:
     """Whether a key's field is plain text."""
-    model: type[BaseModel] | None = SegpipeConfig
+    model: type[BaseModel] | None = root
     *sections, name = dotted.split(".")
     for part in sections:
         model = _section(model, part) if model is not None and part in model.model_fields else None
@@ -165,11 +180,13 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _keys(below, f"{prefix}{name}.")
 
 
-def _unknown_keys(tree: Tree, model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _unknown_keys(
+    tree: Tree, model: type[BaseModel], root: type[BaseModel], prefix: str = ""
+) -> Iterator[str]:
     """One message for each unknown key. Sections without a value count as left out."""
     for name in list(tree):
         if name not in model.model_fields:
-            yield f"unknown key {prefix}{name}{_suggest(name, model, prefix)}"
+            yield f"unknown key {prefix}{name}{_suggest(name, model, root, prefix)}"
             continue
         below = _section(model, name)
         if below is None:
@@ -177,23 +194,23 @@ def _unknown_keys(tree: Tree, model: type[BaseModel], prefix: str) -> Iterator[s
         if tree[name] is None:
             del tree[name]
         elif isinstance(tree[name], dict):
-            yield from _unknown_keys(tree[name], below, f"{prefix}{name}.")
+            yield from _unknown_keys(tree[name], below, root, f"{prefix}{name}.")
 
 
-def _suggest(name: str, model: type[BaseModel], prefix: str) -> str:
+def _suggest(name: str, model: type[BaseModel], root: type[BaseModel], prefix: str) -> str:
     """The nearest valid key: a sibling, else any key of that name, else the dotted key most like it."""
     siblings = difflib.get_close_matches(name, list(model.model_fields), n=1)
     if siblings:
         return f" (did you mean {prefix}{siblings[0]}?)"
-    by_leaf = {key.rpartition(".")[2]: key for key in reversed(list(_keys(SegpipeConfig)))}
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(list(_keys(root)))}
     leaf = difflib.get_close_matches(name, list(by_leaf), n=1)
     if leaf:
         return f" (did you mean {by_leaf[leaf[0]]}?)"
-    dotted = difflib.get_close_matches(prefix + name, list(_keys(SegpipeConfig)), n=1, cutoff=0.0)
+    dotted = difflib.get_close_matches(prefix + name, list(_keys(root)), n=1, cutoff=0.0)
     return f" (the nearest key is {dotted[0]})"
 
 
-def _value_faults(errors: Sequence[ErrorDetails]) -> list[str]:
+def _value_faults(root: type[BaseModel], errors: Sequence[ErrorDetails]) -> list[str]:
     """One message a key: pydantic names each branch of a union, a reader wants them in one line."""
     reasons: dict[str, list[str]] = {}
     got: dict[str, str] = {}
@@ -203,7 +220,10 @@ def _value_faults(errors: Sequence[ErrorDetails]) -> list[str]:
             rule = str(error.get("ctx", {}).get("error", error["msg"]))
             reasons.setdefault(f"{section}.{rule}" if section else rule, [])
             continue
-        key = _config_key(error["loc"])
+        key = _config_key(root, error["loc"])
+        if error["type"] == "missing":
+            reasons.setdefault(f"{key}: is needed", [])
+            continue
         reasons.setdefault(key, [])
         reason = _reason(error)
         if reason not in reasons[key]:
@@ -216,9 +236,9 @@ def _value_faults(errors: Sequence[ErrorDetails]) -> list[str]:
     ]
 
 
-def _config_key(loc: tuple[int | str, ...]) -> str:
+def _config_key(root: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     """The dotted key of an error's place, without the names that pydantic gives to a union's branches."""
-    model: type[BaseModel] | None = SegpipeConfig
+    model: type[BaseModel] | None = root
     parts: list[str] = []
     for part in loc:
         if model is not None and part in model.model_fields:
@@ -226,14 +246,14 @@ def _config_key(loc: tuple[int | str, ...]) -> str:
             model = _section(model, str(part))
         elif isinstance(part, int) and parts:
             parts[-1] += f"[{part}]"
-        elif len(parts) >= 2 and _is_free_mapping(parts):
+        elif len(parts) >= 2 and _is_free_mapping(root, parts):
             parts.append(str(part))
             break
     return ".".join(parts)
 
 
-def _is_free_mapping(parts: Sequence[str]) -> bool:
-    model: type[BaseModel] = SegpipeConfig
+def _is_free_mapping(root: type[BaseModel], parts: Sequence[str]) -> bool:
+    model = root
     for part in parts[:-1]:
         below = _section(model, part)
         if below is None:

@@ -10,13 +10,15 @@ Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Base of all configs: unknown keys are refused, values are frozen."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
     )
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """Caps that a file's header is held against before any pixel is decoded."""
 
     scene_px: float = Field(default=2.0e10, gt=0)
@@ -25,7 +27,7 @@ class LimitsConfig(_Section):
     """Most bytes of one decoded tile or strip of a file."""
 
 
-class InputConfig(_Section):
+class InputConfig(Section):
     """What to read, and how pixels become valid or no data."""
 
     scenes: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ class InputConfig(_Section):
         return self
 
 
-class InferenceConfig(_Section):
+class InferenceConfig(Section):
     """How pixels become classes: this whole section stands in the recipe key."""
 
     tile_px: Auto | Annotated[int, Field(ge=32, le=8192)] = "auto"
@@ -78,14 +80,14 @@ class InferenceConfig(_Section):
     """Use torch.compile: slower start, faster steady state."""
 
 
-class FailuresConfig(_Section):
+class FailuresConfig(Section):
     """How many failed scenes a run may have and still exit with 0."""
 
     max_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Fraction of scenes."""
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """Where and how widely to run."""
 
     executor: Literal["ray", "local"] = "ray"
@@ -98,7 +100,7 @@ class ClusterConfig(_Section):
     """Compute threads of one worker; auto = CPUs / workers."""
 
 
-class SegpipeConfig(_Section):
+class SegpipeConfig(Section):
     """One job: what to read, which model, where to write."""
 
     input: InputConfig = InputConfig()

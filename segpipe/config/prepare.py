@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from segpipe.config.card import ClassInfo
-from segpipe.config.load import _parse_mapping, _parse_yaml, _put, _shorten, _unknown_keys
-from segpipe.config.model import ClusterConfig, LimitsConfig
-from segpipe.errors import ConfigError
+from segpipe.config.load import load_model_config
+from segpipe.config.model import ClusterConfig, LimitsConfig, Section
 
 LAYOUTS: Final = ("archive", "camvid", "cityscapes", "coco", "folder", "voc")
 LISTED_SPLITS: Final = ("camvid", "cityscapes", "coco", "voc")
@@ -19,13 +18,7 @@ LISTED_SPLITS: Final = ("camvid", "cityscapes", "coco", "voc")
 SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
-    )
-
-
-class SplitConfig(_Section):
+class SplitConfig(Section):
     """Which samples of a folder or an archive belong to which split; the rest is ``train``."""
 
     fractions: dict[SplitName, Annotated[float, Field(gt=0, le=1)]] = {}
@@ -44,7 +37,7 @@ class SplitConfig(_Section):
         return self
 
 
-class ArchiveConfig(_Section):
+class ArchiveConfig(Section):
     """How scenes become chips."""
 
     chip_px: int = Field(default=512, ge=32, le=8192)
@@ -57,7 +50,7 @@ class ArchiveConfig(_Section):
     """Property of a GeoJSON feature that label_map maps; none: every feature is class 1."""
 
 
-class CocoConfig(_Section):
+class CocoConfig(Section):
     """Which annotations are read."""
 
     annotations: dict[SplitName, str] = {}
@@ -66,7 +59,7 @@ class CocoConfig(_Section):
     """Crowd regions: their class, or ignored; auto = ignored in instances, their class in panoptic."""
 
 
-class PrepareConfig(_Section):
+class PrepareConfig(Section):
     """One ``segpipe prepare``."""
 
     layout: Literal["archive", "camvid", "cityscapes", "coco", "folder", "voc"]
@@ -118,29 +111,4 @@ def load_prepare(
 
     Raises `ConfigError` that names unknown keys and values that do not fit.
     """
-    tree = _parse_mapping(text, where) if text is not None else {}
-    for key, value in overrides.items():
-        if value is not None:
-            _put(tree, key, value)
-    for item in sets:
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"{item!r} is no setting", "--set", "Write it as section.key=value.")
-        _put(tree, key.strip(), _parse_yaml(value, f"--set {key}"))
-    faults = [*_unknown_keys(tree, PrepareConfig, "")]
-    if faults:
-        raise ConfigError("; ".join(faults), where, "See docs/prepare.md for all keys.")
-    try:
-        return PrepareConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = [_fault(item) for item in error.errors(include_url=False)]
-        raise ConfigError("; ".join(dict.fromkeys(lines)), where, "See docs/prepare.md.") from None
-
-
-def _fault(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "value_error":
-        rule = str(error["ctx"]["error"])
-        return f"{key}.{rule}" if key else rule
-    reason = error["msg"].removeprefix("Input should be ")
-    return f"{key}: {reason} (got {_shorten(error['input'])})"
+    return load_model_config(PrepareConfig, text, overrides, sets, where, "See docs/prepare.md for all keys.")

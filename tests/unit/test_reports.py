@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import re
-import tracemalloc
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from peak_memory import peak_growth_bytes
 from rich.console import Console
 
 from segpipe.config.card import ClassInfo
@@ -368,17 +368,24 @@ def test_class_columns_are_snake_case_and_unique() -> None:
     assert all(column.isidentifier() for column in columns)
 
 
-def test_255_classes_fit_without_a_matrix_a_scene_in_memory() -> None:
-    many = tuple(ClassInfo(name=f"c{i}", color=(i, 0, 0)) for i in range(255))
-    rows = [compared(f"s{i}", pairs((i, i, 60), (i, 254, 40)), class_px=[0] * 255) for i in range(150)]
-    tracemalloc.start()
-    reports, scenes, _ = build(rows, many)
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak_bytes < 120e6  # 150 matrices alone would be 78 MB, and their scores as much again
+MANY = tuple(ClassInfo(name=f"c{i}", color=(i, 0, 0)) for i in range(255))
+
+
+def rows_of_many_classes() -> list[dict[str, Any]]:
+    build([compared("s", pairs((0, 0, 100)))], TWO)  # what a first call loads is not counted
+    return [compared(f"s{i}", pairs((i, i, 60), (i, 254, 40)), class_px=[0] * 255) for i in range(150)]
+
+
+def build_many_classes(rows: list[dict[str, Any]]) -> None:
+    reports, scenes, _ = build(rows, MANY)
     assert scenes[7]["iou_c7"] == pytest.approx(0.6)
     assert reports.matrix[7, 254] == 40
-    assert "confusion.parquet" in render_html(reports, many)
+    assert "confusion.parquet" in render_html(reports, MANY)
+
+
+def test_255_classes_fit_without_a_matrix_a_scene_in_memory() -> None:
+    # 150 matrices alone would be 78 MB, and their scores as much again
+    assert peak_growth_bytes(rows_of_many_classes, build_many_classes) < 120e6
 
 
 class Discard(io.RawIOBase):
@@ -397,31 +404,33 @@ class Discard(io.RawIOBase):
         return self.length
 
 
-def peak_of_scenes(num_batches: int) -> int:
-    """Peak of Python and Arrow memory while batches of 1,000 scenes pass, bytes."""
+def thousand_rows() -> Any:
+    """A batch of 1,000 scenes, after others have passed: what the first ones load is not counted."""
     columns = pa.RecordBatch.from_pylist(
         [compared(f"s{i:06d}", pairs((0, 0, 60), (1, 1, 40))) for i in range(1000)], schema=ROW_SCHEMA
     )
-    arrow_before, arrow_peak = pa.total_allocated_bytes(), 0
-    tracemalloc.start()
+    add_scenes(columns, 30)
+    return columns
+
+
+def add_scenes(columns: Any, num_batches: int) -> None:
     builder = ReportBuilder(TWO, Discard(), Discard())  # type: ignore[arg-type]
     at = columns.schema.get_field_index("scene_id")
     for batch in range(num_batches):
         ids = pa.array([f"{batch}-{i}" for i in range(1000)])
         builder.add(columns.set_column(at, columns.schema.field(at), ids))
-        arrow_peak = max(arrow_peak, pa.total_allocated_bytes() - arrow_before)
-    reports = builder.close()
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert reports.summary["scenes"]["all"] == 1000 * num_batches
-    assert reports.summary["label_px"] == 100_000 * num_batches
-    return peak_bytes + arrow_peak
+    summary = builder.close().summary
+    assert summary["scenes"]["all"] == 1000 * num_batches
+    assert summary["label_px"] == 100_000 * num_batches
+
+
+def add_many_scenes(columns: Any) -> None:
+    add_scenes(columns, 150)
 
 
 def test_memory_is_flat_in_the_number_of_scenes() -> None:
-    few, many = peak_of_scenes(30), peak_of_scenes(150)
-    # a row group's metadata is all that a Parquet writer keeps
-    assert many < few * 1.1 + 200_000
+    # five times as many scenes as before; each kept would be some hundred bytes
+    assert peak_growth_bytes(thousand_rows, add_many_scenes) < 12e6
 
 
 def test_small_tables_become_parquet_files() -> None:
