@@ -1,0 +1,249 @@
+"""Streams of training batches: shards are read, decoded and augmented in threads, ahead of the step."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segpipe.config.card import IGNORE
+from segpipe.config.model import LimitsConfig
+from segpipe.config.train import DataConfig
+from segpipe.datasets.augment import augment, rng_of
+from segpipe.datasets.groups import EncodedSample, GroupReader
+from segpipe.datasets.images import decode_image
+from segpipe.datasets.order import LaneBatch, SampleOrder, lanes_of
+from segpipe.datasets.prepared import GroupRef, PreparedDataset
+from segpipe.errors import InputError, SceneError
+from segpipe.masks.codec import DamagedMask, decode_mask
+
+Array = np.ndarray[Any, Any]
+
+_READ_THREADS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """One worker's share of a global batch."""
+
+    step: int
+    """Counted from the start of training."""
+    epoch: int
+    images: Tensor
+    """float32 (b, bands, H, W), normalised."""
+    labels: Tensor
+    """int64 (b, H, W), 255 = ignored; all ignored where the lane is not real."""
+    real: Tensor
+    """bool (b,)."""
+    lanes: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+
+
+class BatchStream:
+    """The batches of steps ``first_step`` to ``stop_step - 1`` for one worker, in order.
+
+    Holds the encoded samples of two windows of the order and ``prefetch_batches`` ready batches, however many
+    shards there are. A fault of a thread is raised by the iteration. Close it, or use it as a context.
+    """
+
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        first_step: int,
+        stop_step: int,
+        threads: int,
+    ) -> None:
+        self._dataset, self._config, self._seed = dataset, config, seed
+        self._groups = dataset.groups(config.train_splits)
+        self.order = SampleOrder([group.samples for group in self._groups], seed, global_batch)
+        self._lanes = lanes_of(rank, world, global_batch)
+        self._steps = range(first_step, stop_step)
+        self._cache = _GroupCache(GroupReader(dataset), self._groups, 2 * self.order.window_groups + 2)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="segpipe-samples")
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        waiting: deque[tuple[int, LaneBatch, list[Future[_Ready]]]] = deque()
+        for step in self._steps:
+            waiting.append(self._submit(step))
+            if len(waiting) > self._config.prefetch_batches:
+                yield self._collate(*waiting.popleft())
+        while waiting:
+            yield self._collate(*waiting.popleft())
+
+    def close(self) -> None:
+        """Stop the threads; what they have not begun is dropped."""
+        self._pool.shutdown(cancel_futures=True)
+        self._cache.close()
+
+    def _submit(self, step: int) -> tuple[int, LaneBatch, list[Future[_Ready]]]:
+        epoch, inner = self.order.place(step)
+        self._read_ahead(epoch, inner)
+        batch = self.order.batch(epoch, inner)
+        ready = [
+            self._pool.submit(self._make, epoch, int(batch.groups[lane]), int(batch.rows[lane]))
+            for lane in self._lanes
+        ]
+        return step, batch, ready
+
+    def _read_ahead(self, epoch: int, inner: int) -> None:
+        """Begin to read this step's windows and the one after them, so that no step waits for storage."""
+        first, last = self.order.windows(epoch, inner)
+        for window in range(first, last + 2):
+            groups = self.order.window_groups_of(epoch, window)
+            if not groups:  # the next epoch's first window
+                groups = self.order.window_groups_of(epoch + 1, 0) if self._goes_on(epoch) else []
+            for group in groups:
+                self._cache.begin(group)
+
+    def _goes_on(self, epoch: int) -> bool:
+        return (epoch + 1) * self.order.steps_per_epoch < self._steps.stop
+
+    def _make(self, epoch: int, group: int, row: int) -> _Ready:
+        sample = self._cache.get(group)[row]
+        where = f"{self._groups[group].shard_key}: sample {sample.sample_id}"
+        pixels, label = decode_sample(sample, self._dataset, where)
+        rng = rng_of(self._seed, epoch, sample.sample_id)
+        dataset = self._dataset
+        image, target = augment(pixels, label, self._config.augment, dataset.mean, dataset.std, rng)
+        return sample.sample_id, image, target
+
+    def _collate(self, step: int, batch: LaneBatch, ready: list[Future[_Ready]]) -> TrainBatch:
+        samples = [future.result() for future in ready]
+        real = torch.from_numpy(batch.real[list(self._lanes)])
+        labels = torch.from_numpy(np.stack([label for _, _, label in samples])).long()
+        labels[~real] = IGNORE
+        return TrainBatch(
+            step=step,
+            epoch=self.order.place(step)[0],
+            images=torch.from_numpy(np.stack([image for _, image, _ in samples])),
+            labels=labels,
+            real=real,
+            lanes=tuple(self._lanes),
+            sample_ids=tuple(sample_id for sample_id, _, _ in samples),
+        )
+
+
+_Ready = tuple[str, Array, Array]
+
+
+def decode_sample(sample: EncodedSample, dataset: PreparedDataset, where: str) -> tuple[Array, Array]:
+    """Pixels (bands, h, w) and label uint8 (h, w) of a sample.
+
+    Raises `InputError` that names the sample: it cannot be decoded, it has other bands or another size than
+    its label, or a label that no class has.
+    """
+    fix = "Run `segpipe prepare` again."
+    try:
+        pixels = decode_image(sample.image, where, LimitsConfig()).pixels
+        label = decode_mask(sample.label)
+    except SceneError as error:
+        raise InputError(f"the image cannot be used ({error.what})", where, fix) from error
+    except DamagedMask as error:
+        raise InputError(f"the label cannot be decoded ({error.what})", where, fix) from error
+    if len(pixels) != dataset.bands:
+        raise InputError(f"the image has {len(pixels)} bands, not {dataset.bands}", where, fix)
+    if label.shape != pixels.shape[1:]:
+        raise InputError(f"the label is {label.shape}, the image {pixels.shape[1:]}", where, fix)
+    used = np.flatnonzero(np.bincount(label.ravel(), minlength=256)[:IGNORE])
+    if used.size and used[-1] >= len(dataset.classes):
+        raise InputError(
+            f"the label holds the value {used[-1]}, the data set has classes 0 to {len(dataset.classes) - 1}",
+            where,
+            fix,
+        )
+    return pixels, label
+
+
+class ImageSlice:
+    """The whole images of some splits that fall to one worker: number i goes to worker i % world."""
+
+    def __init__(
+        self, dataset: PreparedDataset, splits: tuple[str, ...], rank: int, world: int, threads: int = 2
+    ) -> None:
+        self._dataset, self._rank, self._world, self._threads = dataset, rank, world, threads
+        self._groups = dataset.groups(splits)
+
+    def __iter__(self) -> Iterator[tuple[str, Array, Array]]:
+        """Yield (sample id, pixels (bands, h, w), label uint8 (h, w)) in data set order, some read ahead."""
+        reader = GroupReader(self._dataset)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="segpipe-images") as pool:
+            waiting: deque[Future[list[tuple[str, Array, Array]]]] = deque()
+            try:
+                for group, rows in self._mine():
+                    waiting.append(pool.submit(self._read, reader, group, rows))
+                    if len(waiting) > self._threads:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _mine(self) -> Iterator[tuple[GroupRef, list[int]]]:
+        """Groups with the rows of this worker, four images at a time."""
+        start = 0
+        for group in self._groups:
+            rows = [row for row in range(group.samples) if (start + row) % self._world == self._rank]
+            for first in range(0, len(rows), 4):
+                yield group, rows[first : first + 4]
+            start += group.samples
+
+    def _read(self, reader: GroupReader, group: GroupRef, rows: list[int]) -> list[tuple[str, Array, Array]]:
+        samples = reader.read(group)
+        made = []
+        for row in rows:
+            sample = samples[row]
+            pixels, label = decode_sample(
+                sample, self._dataset, f"{group.shard_key}: sample {sample.sample_id}"
+            )
+            made.append((sample.sample_id, pixels, label))
+        return made
+
+
+class _GroupCache:
+    """Groups that are read or being read; the longest unused one goes first."""
+
+    def __init__(self, reader: GroupReader, groups: tuple[GroupRef, ...], most: int) -> None:
+        self._reader, self._refs, self._most = reader, groups, most
+        self._groups: OrderedDict[int, Future[list[EncodedSample]]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="segpipe-shards")
+
+    def begin(self, group: int) -> Future[list[EncodedSample]]:
+        """Begin to read a group unless it is here, and keep it longest."""
+        with self._lock:
+            future = self._groups.get(group)
+            if future is None or future.cancelled():
+                future = self._groups[group] = self._pool.submit(self._reader.read, self._refs[group])
+                if len(self._groups) > self._most:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(group)
+            return future
+
+    def get(self, group: int) -> list[EncodedSample]:
+        return self.begin(group).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
