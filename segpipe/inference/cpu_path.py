@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from segpipe.inference.network import Forward, first_call, prepare_network
 Array = np.ndarray[Any, Any]
 
 _NO_MASK = np.empty((0, 0), np.uint8)
+
+_PASS_PX: Final = 2**18
+"""Most pixels of one forward pass: the activations of larger ones fall out of the caches."""
 
 
 @dataclass(slots=True)
@@ -43,9 +46,10 @@ class CpuPath:
     """Fill, forward and arg-max on CPU cores. See `ComputePath`.
 
     Every compute thread runs whole batches by itself, each operation on one core: no thread waits for
-    another within a network, a batch's activations fit the caches better, and a tile's classes do not depend
-    on the number of threads. A compiled network runs one batch at a time on all threads instead, since its
-    kernels hold the interpreter's lock.
+    another within a network, activations fit the caches better, and a tile's classes do not depend on the
+    number of threads. For the caches' sake a batch is computed in passes of as many tiles as make up one of
+    512 px. A compiled network runs one whole batch at a time on all threads instead, since its kernels hold
+    the interpreter's lock.
     """
 
     def __init__(self, model: nn.Module, card: ModelCard, config: EngineConfig) -> None:
@@ -55,6 +59,8 @@ class CpuPath:
         levels = np.arange(256, dtype=np.float32)
         self._table_NV = (levels[None] - self._mean_N[:, None]) / self._std_N[:, None]
         self._lanes, self._inner = (1, config.threads) if config.compile else (config.threads, 1)
+        fitting = config.batch_size if config.compile else max(1, _PASS_PX // config.tile_px**2)
+        self._pass_tiles = min(config.batch_size, fitting)
         self._room = threading.Semaphore(self._lanes + 1)
         self._inputs: SimpleQueue[Array] = SimpleQueue()
         self._forward: Forward | None = None
@@ -71,7 +77,7 @@ class CpuPath:
         """Make network, buffers and kernels ready, so that no block waits for them."""
         config, side, bands = self._config, self._config.tile_px, len(self._card.bands)
         for _ in range(self._lanes):
-            self._inputs.put(np.zeros((config.batch_size, side, side, bands), np.float32))
+            self._inputs.put(np.zeros((self._pass_tiles, side, side, bands), np.float32))
         self._forward = prepare_network(
             self._model, device="cpu", precision=config.precision, compile_network=config.compile
         )
@@ -105,7 +111,7 @@ class CpuPath:
         job.state = _BlockState(classes_HW, canvas)
 
     def run(self, tiles: Sequence[TileRef], done: Done) -> None:
-        """See `ComputePath`. The batch has its full size whatever the number of tiles."""
+        """See `ComputePath`. A forward pass has its full size whatever the number of tiles."""
         assert self._pool is not None, "start() comes first"
         self._room.acquire()
         places = []
@@ -120,12 +126,14 @@ class CpuPath:
         input_BHWN = self._inputs.get()
         error: Exception | None = None
         try:
-            for slot, tile in enumerate(tiles):
-                self._load(input_BHWN[slot], tile)
-            with torch.inference_mode():
-                low_BHWC = _as_rows(self._forward(_as_images(input_BHWN)))
-            for low_HWC, tile, place in zip(low_BHWC, tiles, places, strict=False):
-                self._keep(low_HWC, tile, place)
+            for begin in range(0, len(tiles), self._pass_tiles):
+                some = tiles[begin : begin + self._pass_tiles]
+                for slot, tile in enumerate(some):
+                    self._load(input_BHWN[slot], tile)
+                with torch.inference_mode():
+                    low_BHWC = _as_rows(self._forward(_as_images(input_BHWN)))
+                for low_HWC, tile, place in zip(low_BHWC, some, places[begin:], strict=False):
+                    self._keep(low_HWC, tile, place)
         except Exception as fault:
             error = fault
         finally:

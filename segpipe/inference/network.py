@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from segpipe.errors import ConfigError
 from segpipe.inference.device import DTYPES
+from segpipe.inference.rewrite import quicken
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ def prepare_network(model: nn.Module, *, device: str, precision: str, compile_ne
     """
     dtype = DTYPES[precision]
     network = fold_batch_norms(LowLogits(model).eval())
+    if torch.device(device).type == "cpu" and dtype == torch.float32 and not compile_network:
+        network = quicken(network)
     network = network.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
     if compile_network:
         network = _compiled(network)
