@@ -40,14 +40,35 @@ class SplitConfig(Section):
 class ArchiveConfig(Section):
     """How scenes become chips."""
 
+    pixel_m: float | None = Field(default=None, gt=0)
+    """Ground pixel size of the chips, metres: a finer scene is reduced by the nearest whole number."""
     chip_px: int = Field(default=512, ge=32, le=8192)
-    """Side of a chip; a smaller scene is one chip of its own size."""
+    """Side of a chip, pixels of the reduced scene; a smaller scene is one chip of its own size."""
+    chips: Literal["grid", "random"] = "grid"
+    """Chips that cover a scene once, or chips at places drawn from split.seed, scene id and number."""
+    chips_per_scene: int | None = Field(default=None, ge=1, le=100_000)
+    """chips: random: how many each scene gives."""
+    chips_per_mpx: float | None = Field(default=None, gt=0, le=10_000)
+    """chips: random: how many a scene gives for each 10^6 pixels of the reduced scene; at least one."""
+    balance: Literal["none", "classes"] = "none"
+    """chips: random: places all alike, or so that each class of a scene is aimed at equally often."""
     min_label_fraction: float = Field(default=0.0, ge=0, le=1)
     """Chips of which at most this part has a label (not 255) are left out."""
     exclude_area: str | None = None
-    """URI of a GeoJSON file: chips that touch its areas are left out."""
+    """URI of a file of areas (as vector labels are): chips that touch one are left out."""
     class_property: str | None = None
-    """Property of a GeoJSON feature that label_map maps; none: every feature is class 1."""
+    """Property of an area that label_map maps; none: every area is class 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ArchiveConfig:
+        counts = [name for name in ("chips_per_scene", "chips_per_mpx") if getattr(self, name) is not None]
+        if self.chips == "random" and len(counts) != 1:
+            raise ValueError("chips: random needs chips_per_scene or chips_per_mpx, one of them")
+        if self.chips == "grid" and counts:
+            raise ValueError(f"{counts[0]}: only for chips: random")
+        if self.chips == "grid" and self.balance != "none":
+            raise ValueError("balance: only for chips: random")
+        return self
 
 
 class CocoConfig(Section):
@@ -57,6 +78,16 @@ class CocoConfig(Section):
     """Annotation file of each split, below SRC; empty: the instances (else panoptic) files that are found."""
     crowd: Literal["auto", "class", "ignore"] = "auto"
     """Crowd regions: their class, or ignored; auto = ignored in instances, their class in panoptic."""
+    maps: dict[SplitName, str] = {}
+    """Folder of COCO-Stuff's PNG maps of each split, below SRC; they are read instead of annotations."""
+    map_values: Literal["auto", "stuff_thing", "stuff"] = "auto"
+    """stuff_thing: category id - 1, 255 unlabelled; stuff: category id, 0 unlabelled; auto: by the name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CocoConfig:
+        if self.annotations and self.maps:
+            raise ValueError("maps: give annotations or maps, not both")
+        return self
 
 
 class PrepareConfig(Section):
@@ -93,7 +124,7 @@ class PrepareConfig(Section):
         if own and not self.classes:
             raise ValueError("classes: name them, with colours, for this layout")
         if own and self.labels is None and self.layout == "archive":
-            raise ValueError("labels: give the template of the label rasters or GeoJSON files")
+            raise ValueError("labels: give the template of the label rasters or vector files")
         given = [name for name in ("labels", "label_map", "classes") if getattr(self, name)]
         given += ["split"] if self.split.fractions or self.split.globs else []
         if not own and given:

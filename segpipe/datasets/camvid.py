@@ -8,7 +8,7 @@ from typing import Final
 from segpipe.config.card import ClassInfo
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets.images import read_pair
-from segpipe.datasets.layout import Sample, SampleRef, refuse_missing
+from segpipe.datasets.layout import ReadsAlone, Sample, SampleRef, refuse_missing
 from segpipe.datasets.tree import Tree, list_tree
 from segpipe.errors import InputError
 from segpipe.rasters.scene_ids import scene_id_of
@@ -30,7 +30,7 @@ _VOID: Final = 11
 _SPLITS: Final = ("train", "val", "test")
 
 
-class CamvidLayout:
+class CamvidLayout(ReadsAlone):
     """Pairs listed in text files; the paths in them may begin with folders that are not there any more."""
 
     expands = False

@@ -8,7 +8,7 @@ from typing import Final
 from segpipe.config.card import IGNORE, ClassInfo
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets.images import read_pair
-from segpipe.datasets.layout import Sample, SampleRef, refuse_missing
+from segpipe.datasets.layout import ReadsAlone, Sample, SampleRef, refuse_missing
 from segpipe.datasets.tree import Tree, list_tree
 from segpipe.errors import InputError
 
@@ -47,7 +47,7 @@ def label_map() -> dict[str, int]:
     return {str(label_id): train_ids.get(label_id, IGNORE) for label_id in range(NUM_IDS)}
 
 
-class CityscapesLayout:
+class CityscapesLayout(ReadsAlone):
     """The splits train and val; the labels of test are not public."""
 
     expands = False

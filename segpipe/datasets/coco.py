@@ -7,16 +7,15 @@ import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
 from segpipe.config.card import IGNORE, MAX_CLASSES, ClassInfo
 from segpipe.config.prepare import PrepareConfig
-from segpipe.datasets.coco_masks import region_mask
+from segpipe.datasets.coco_masks import CocoMapsLayout, as_colour, find_map_folders, region_mask
 from segpipe.datasets.images import DecodedImage, decode_image, read_encoded, whole_sample
-from segpipe.datasets.layout import Sample, SampleRef, refuse_missing
+from segpipe.datasets.layout import Layout, ReadsAlone, Sample, SampleRef, refuse_missing
 from segpipe.datasets.tree import Tree, list_tree
 from segpipe.datasets.voc import voc_colour
 from segpipe.errors import InputError, ObjectChanged, ObjectMissing, SceneError
@@ -30,7 +29,19 @@ _NAMED: Final = re.compile(r"(?:^|.*/)(instances|panoptic)_([a-z]+)\d*\.json")
 _BACKGROUND: Final = ("background", "_background_")
 
 
-class CocoLayout:
+def coco_layout(config: PrepareConfig) -> Layout:
+    """The layout of annotation files; or that of maps, where they are named, or are all there is."""
+    root, *more = config.sources
+    if more:
+        raise InputError("coco takes one root folder", ", ".join(config.sources), "Prepare one by one.")
+    tree = list_tree(root)
+    maps = config.coco.maps
+    if not maps and not config.coco.annotations and not _found_files(tree):
+        maps = find_map_folders(tree)
+    return CocoMapsLayout(config, tree, maps) if maps else CocoLayout(config, tree)
+
+
+class CocoLayout(ReadsAlone):
     """One annotation file a split. Pixels of no region: background (instances), ignored (panoptic, stuff).
 
     Where instances overlap the smaller one is on top; crowds lie below all others.
@@ -38,15 +49,12 @@ class CocoLayout:
 
     expands = False
 
-    def __init__(self, config: PrepareConfig) -> None:
+    def __init__(self, config: PrepareConfig, tree: Tree) -> None:
         self._config = config
-        root, *more = config.sources
-        if more:
-            raise InputError("coco takes one root folder", ", ".join(config.sources), "Prepare one by one.")
+        self._tree = tree
         self._files: list[tuple[str, str, dict[str, Any]]] = []
-        self._tree = list_tree(root)
-        for split, key in _annotation_files(self._tree, config.coco.annotations):
-            self._files.append((split, key, _parse(self._tree, key)))
+        for split, key in _annotation_files(tree, config.coco.annotations):
+            self._files.append((split, key, _parse(tree, key)))
         self._panoptic = _is_panoptic(self._files[0][2])
         categories = _categories(self._files, self._tree.root)
         self._unlabelled, self._class_of, self.classes = _make_classes(
@@ -72,9 +80,7 @@ class CocoLayout:
     def read(self, ref: SampleRef) -> Sample:
         """Paint the label; a grey image becomes RGB, as a few of COCO's photographs are grey."""
         data = read_encoded(ref.scene)
-        image = decode_image(data, ref.scene.where, self._config.limits)
-        if len(image.pixels) == 1:
-            image = replace(image, pixels=np.repeat(image.pixels, 3, axis=0), plain=False)
+        image = as_colour(decode_image(data, ref.scene.where, self._config.limits))
         payload = json.loads(ref.payload)
         height, width = image.pixels.shape[1:]
         if (payload["height"], payload["width"]) != (height, width):
@@ -210,6 +216,18 @@ def _annotation_files(tree: Tree, named: dict[str, str]) -> list[tuple[str, str]
         if absent := [key for key in named.values() if key not in tree.objects]:
             raise InputError(f"there is no {absent[0]}", tree.root, "Correct coco.annotations.")
         return list(named.items())
+    if found := _found_files(tree):
+        return found
+    raise InputError(
+        "there is no annotations/instances_SPLIT*.json, panoptic_SPLIT*.json or annotations.json, and no "
+        "folder stuffthingmaps*/SPLIT* or stuff_SPLIT*_pixelmaps",
+        tree.root,
+        'Name the files: --set coco.annotations="{train: FILE}", or the folders: coco.maps.',
+    )
+
+
+def _found_files(tree: Tree) -> list[tuple[str, str]]:
+    """(split, key) of the annotation files by COCO's own names."""
     for kind in ("instances", "panoptic"):
         found = [
             (match[2], key)
@@ -218,13 +236,7 @@ def _annotation_files(tree: Tree, named: dict[str, str]) -> list[tuple[str, str]
         ]
         if found:
             return found
-    if "annotations.json" in tree.objects:
-        return [("train", "annotations.json")]
-    raise InputError(
-        "there is no annotations/instances_SPLIT*.json, panoptic_SPLIT*.json or annotations.json",
-        tree.root,
-        'Name the files: --set coco.annotations="{train: FILE}".',
-    )
+    return [("train", "annotations.json")] if "annotations.json" in tree.objects else []
 
 
 def _parse(tree: Tree, key: str) -> dict[str, Any]:

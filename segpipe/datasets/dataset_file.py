@@ -45,6 +45,7 @@ def dataset_tree(
         "mean": mean,
         "std": std,
         "statistics_of": of,
+        **_pixel_sizes(config, total),
         "samples": total.samples,
         "dropped": total.dropped,
         "left_out": left_out,
@@ -63,6 +64,11 @@ def dataset_tree(
         "sources": {"inputs": list(config.sources), **_sources(shards)},
         "licence": config.licence,
     }
+
+
+def with_licence(tree: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
+    """The same data set with the licence text of the config, where it gives one: no shard depends on it."""
+    return tree if config.licence is None else {**tree, "licence": config.licence}
 
 
 def to_json(tree: dict[str, Any]) -> bytes:
@@ -88,6 +94,17 @@ def read_dataset(storage: Storage) -> dict[str, Any] | None:
         raise InputError(
             f"it cannot be read ({error})", storage.uri(DATASET_KEY), "Choose another folder."
         ) from error
+
+
+def _pixel_sizes(config: PrepareConfig, total: Sums) -> dict[str, Any]:
+    """``pixel_m``: what was asked for, else what the samples have in common, metres; null where unknown."""
+    asked = config.archive.pixel_m if config.layout == "archive" else None
+    sizes = None if total.pixel_m_min is None else [total.pixel_m_min, total.pixel_m_max]
+    return {
+        "pixel_m": total.common_pixel_m() if asked is None or sizes is None else asked,
+        "pixel_m_range": sizes,
+        "pixel_m_unknown": total.pixel_m_unknown,
+    }
 
 
 def _sources(shards: Sequence[ShardPlan]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from segpipe.config.model import InputConfig
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets.images import read_pair
-from segpipe.datasets.layout import Sample, SampleRef, refuse_missing
+from segpipe.datasets.layout import ReadsAlone, Sample, SampleRef, refuse_missing
 from segpipe.datasets.splits import split_of
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.scene import SceneSource
 
 
-class FolderLayout:
+class FolderLayout(ReadsAlone):
     """Labels hold ids or colours, palette and RGB mixed. Splits by globs or by a hash of the id."""
 
     expands = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -76,6 +77,21 @@ class Layout(Protocol):
 
     def read(self, ref: SampleRef) -> Sample | None:
         """Read one sample; None = it is left out. Raises `SceneError` for a sample that is faulty."""
+
+    def reading(self) -> AbstractContextManager[Callable[[SampleRef], Sample | None]]:
+        """Give a function that does what `read` does, for one thread; it may keep files open till its end."""
+
+
+class _Reads(Protocol):
+    def read(self, ref: SampleRef) -> Sample | None: ...
+
+
+class ReadsAlone:
+    """A layout whose samples share no file: nothing is kept open between them."""
+
+    def reading(self: _Reads) -> AbstractContextManager[Callable[[SampleRef], Sample | None]]:
+        """See `Layout`."""
+        return nullcontext(self.read)
 
 
 def refuse_missing(missing: Sequence[str], what: str, where: str) -> None:

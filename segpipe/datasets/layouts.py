@@ -9,7 +9,7 @@ from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets.archive import ArchiveLayout
 from segpipe.datasets.camvid import CamvidLayout
 from segpipe.datasets.cityscapes import CityscapesLayout
-from segpipe.datasets.coco import CocoLayout
+from segpipe.datasets.coco import coco_layout
 from segpipe.datasets.folder import FolderLayout
 from segpipe.datasets.layout import Layout
 from segpipe.datasets.voc import VocLayout
@@ -18,7 +18,7 @@ LAYOUTS: Final[dict[str, Callable[[PrepareConfig], Layout]]] = {
     "archive": ArchiveLayout,
     "camvid": CamvidLayout,
     "cityscapes": CityscapesLayout,
-    "coco": CocoLayout,
+    "coco": coco_layout,
     "folder": FolderLayout,
     "voc": VocLayout,
 }

@@ -13,8 +13,8 @@ from segpipe.datasets.layout import SampleRef
 from segpipe.errors import InputError
 
 FORMAT: Final = 1
-ENGINE_VERSION: Final = 1
-"""Raised only when the same samples give other bytes."""
+ENGINE_VERSION: Final = 2
+"""Raised only when the same samples give other bytes, or a default of the config changes."""
 
 _FIRST_SPLITS: Final = ("train", "val", "test")
 
@@ -79,8 +79,10 @@ def _check_ids(ordered: list[SampleRef]) -> None:
 
 
 def _recipe(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the content of a shard, besides its samples."""
-    tree = config.model_dump(mode="json", exclude={"cluster", "output", "sources", "licence", "limits"})
+    """What decides the content of a shard, besides its samples; defaults are left out, so that a new key
+    changes no old data set."""
+    unimportant = {"cluster", "output", "sources", "licence", "limits"}
+    tree = config.model_dump(mode="json", exclude=unimportant, exclude_defaults=True)
     return {"format": FORMAT, "engine_version": ENGINE_VERSION, **tree}
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from segpipe.config.card import IGNORE
 from segpipe.datasets.layout import Sample
+from segpipe.rasters.georeference import pixel_size_m
 
 Array = np.ndarray[Any, Any]
+
+_SIZE_TOLERANCE: Final = 1.1
+_SIZE_DIGITS: Final = 4
 
 
 @dataclass(slots=True)
@@ -26,6 +31,11 @@ class Sums:
     class_px: list[int] = field(default_factory=list)
     band_sum: list[float] = field(default_factory=list)
     band_squares: list[float] = field(default_factory=list)
+    pixel_m_min: float | None = None
+    """Least and greatest ground pixel size of the samples as stored, metres; None where none is known."""
+    pixel_m_max: float | None = None
+    pixel_m_unknown: int = 0
+    """Samples whose ground pixel size is not known."""
 
     def add(self, sample: Sample, num_classes: int) -> None:
         """Count one sample."""
@@ -34,6 +44,7 @@ class Sums:
         if sample.valid is not None:
             pixels = pixels[:, sample.valid.ravel()]
         totals, squares = _moments(pixels)
+        pixel_m = pixel_size_m(sample.crs, sample.transform, *sample.label.shape)
         self.merge(
             Sums(
                 1,
@@ -43,6 +54,9 @@ class Sums:
                 [int(count) for count in counts[:num_classes]],
                 totals,
                 squares,
+                pixel_m,
+                pixel_m,
+                int(pixel_m is None),
             )
         )
 
@@ -55,6 +69,16 @@ class Sums:
         self.class_px = _added(self.class_px, other.class_px)
         self.band_sum = _added(self.band_sum, other.band_sum)
         self.band_squares = _added(self.band_squares, other.band_squares)
+        self.pixel_m_min = _extreme(min, self.pixel_m_min, other.pixel_m_min)
+        self.pixel_m_max = _extreme(max, self.pixel_m_max, other.pixel_m_max)
+        self.pixel_m_unknown += other.pixel_m_unknown
+
+    def common_pixel_m(self) -> float | None:
+        """Ground pixel size of all samples, metres; None where they differ by over 10 % or one is unknown."""
+        least, most = self.pixel_m_min, self.pixel_m_max
+        if least is None or most is None or self.pixel_m_unknown or most > _SIZE_TOLERANCE * least:
+            return None
+        return float(f"{math.sqrt(least * most):.{_SIZE_DIGITS}g}")
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each band over its valid pixels; a constant band has the std 1."""
@@ -77,6 +101,10 @@ def _moments(pixels: Array) -> tuple[list[float], list[float]]:
         return [int(table @ values) for table in tables], [int(table @ values**2) for table in tables]
     wide = pixels.astype(np.int64 if pixels.dtype.kind in "iu" else np.float64)
     return [band.sum().item() for band in wide], [(band * band).sum().item() for band in wide]
+
+
+def _extreme(choose: Callable[..., float], one: float | None, other: float | None) -> float | None:
+    return choose((size for size in (one, other) if size is not None), default=None)
 
 
 def _added(one: list[Any], other: list[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Final
 from segpipe.config.card import ClassInfo
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets.images import read_pair
-from segpipe.datasets.layout import Sample, SampleRef, refuse_missing
+from segpipe.datasets.layout import ReadsAlone, Sample, SampleRef, refuse_missing
 from segpipe.datasets.tree import Tree, list_tree
 from segpipe.errors import InputError
 
@@ -51,7 +51,7 @@ def voc_colour(index: int) -> tuple[int, int, int]:
     return colour[0], colour[1], colour[2]
 
 
-class VocLayout:
+class VocLayout(ReadsAlone):
     """One or more years below the root. trainval is train and val; the labels of test are not public."""
 
     expands = False

@@ -38,20 +38,21 @@ def make_shard(task: ShardTask) -> ShardResult:
     if storage.stat(shard.key) is not None:
         return ShardResult(shard.number, _adopted(storage, shard), skipped=True)
     sums, rows, faults = Sums(), list[tuple[SampleRef, Sample]](), list[str]()
-    for ref in shard.refs:
-        try:
-            sample = task.layout.read(ref)
-        except SceneError as error:
-            faults.append(f"{ref.sample_id} ({error.kind}): {error}")
-            continue
-        if sample is None:
-            sums.dropped += 1
-            continue
-        if rows and (fault := _unlike(rows[0][1], sample, rows[0][0].sample_id)):
-            faults.append(f"{ref.sample_id} (bands): {fault}")
-            continue
-        sums.add(sample, len(task.layout.classes))
-        rows.append((ref, _without_pixels(sample)))
+    with task.layout.reading() as read:
+        for ref in shard.refs:
+            try:
+                sample = read(ref)
+            except SceneError as error:
+                faults.append(f"{ref.sample_id} ({error.kind}): {error}")
+                continue
+            if sample is None:
+                sums.dropped += 1
+                continue
+            if rows and (fault := _unlike(rows[0][1], sample, rows[0][0].sample_id)):
+                faults.append(f"{ref.sample_id} (bands): {fault}")
+                continue
+            sums.add(sample, len(task.layout.classes))
+            rows.append((ref, _without_pixels(sample)))
     if faults:
         return ShardResult(shard.number, None, tuple(faults))
     bands, dtype = (rows[0][1].pixels.shape[0], str(rows[0][1].pixels.dtype)) if rows else (0, "")

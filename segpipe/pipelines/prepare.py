@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from segpipe.config.model import SegpipeConfig
 from segpipe.config.prepare import PrepareConfig
-from segpipe.datasets.dataset_file import DATASET_KEY, dataset_tree, read_dataset, to_json
+from segpipe.datasets.dataset_file import DATASET_KEY, dataset_tree, read_dataset, to_json, with_licence
 from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef, first_few
 from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
@@ -18,6 +18,7 @@ from segpipe.datasets.write import ShardResult, ShardTask, make_shard
 from segpipe.errors import ConfigError, InputError, SceneError
 from segpipe.pipelines.events import Events, counted
 from segpipe.pipelines.local import Executor
+from segpipe.pipelines.plan import is_coarser
 from segpipe.pipelines.predict import nothing_written, start_executor
 from segpipe.storage import Storage, open_storage
 
@@ -51,8 +52,7 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
             shards, left_out = _plan(config, layout, executor)
             there = _look_at_output(storage, shards)
         if there is not None:
-            events.message("the data set is there already; nothing to do")
-            return Prepared(config.output, there, 0)
+            return Prepared(config.output, _adopted(storage, config, there, events), 0)
         num_samples = sum(len(shard.refs) for shard in shards)
         events.message(f"{counted(num_samples, 'sample')} in {counted(len(shards), 'shard')}")
         if left_out:
@@ -72,9 +72,34 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
     asked = {*config.split.fractions, *config.split.globs}
     if empty := sorted(asked - {shard.split for shard in shards}):
         events.warning(f"splits without a sample: {first_few(empty)}")
+    _warn_of_pixel_sizes(config, tree, events)
     if not storage.put_if_absent(DATASET_KEY, to_json(tree)):
-        tree = _look_at_output(storage, shards) or tree
+        tree = _adopted(storage, config, _look_at_output(storage, shards) or tree, events)
     return Prepared(config.output, tree, written)
+
+
+def _adopted(
+    storage: Storage, config: PrepareConfig, there: dict[str, Any], events: Events
+) -> dict[str, Any]:
+    """The data set that is there, of the same samples; a licence text of this config replaces its own."""
+    tree = with_licence(there, config)
+    if tree == there:
+        events.message("the data set is there already; nothing to do")
+        return there
+    storage.put(DATASET_KEY, to_json(tree))
+    events.message("the data set is there already; its licence text is replaced")
+    return tree
+
+
+def _warn_of_pixel_sizes(config: PrepareConfig, tree: dict[str, Any], events: Events) -> None:
+    asked = config.archive.pixel_m
+    if config.layout != "archive" or asked is None:
+        return
+    if unknown := tree["pixel_m_unknown"]:
+        events.warning(f"{counted(unknown, 'sample')} without ground pixel size: not reduced to {asked} m")
+    sizes = tree["pixel_m_range"]
+    if sizes is not None and is_coarser(asked, sizes[1]):
+        events.warning(f"pixels of up to {sizes[1]:.3g} m, much coarser than archive.pixel_m, {asked} m")
 
 
 def plan_prepare(config: PrepareConfig) -> list[ShardPlan]:

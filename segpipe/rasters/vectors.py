@@ -1,12 +1,22 @@
-"""GeoJSON areas in any coordinate reference system, burnt into a pixel grid by the pixel-centre rule."""
+"""Areas of vector files in any coordinate reference system, burnt into a pixel grid by the pixel-centre rule.
+
+GeoJSON is read here. GeoPackage, FlatGeobuf and Shapefile are read by pyogrio, an extra, from a private copy
+whose content was checked: no other driver gets to see it, and it refers to nothing else.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import posixpath
+import sqlite3
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -16,17 +26,25 @@ from rasterio.features import rasterize
 from rasterio.transform import Affine
 from rasterio.warp import transform_geom
 
-from segpipe.errors import ObjectChanged, ObjectMissing, SceneError
+from segpipe.errors import InputError, ObjectChanged, ObjectMissing, SceneError
 from segpipe.geometry import georef
 from segpipe.geometry.georef import Bbox, Transform
 from segpipe.geometry.grid import Window
 from segpipe.rasters.driver import GDAL_ERRORS, gdal_environment
 from segpipe.rasters.scene import Version
+from segpipe.rasters.scene_ids import has_suffix
 from segpipe.storage import open_object
 
 Array = np.ndarray[Any, Any]
 
-VECTOR_SUFFIXES: Final = (".geojson", ".json")
+GEOJSON_SUFFIXES: Final = (".geojson", ".json")
+DRIVERS: Final = {".gpkg": "GPKG", ".fgb": "FlatGeobuf", ".shp": "ESRI Shapefile"}
+"""GDAL's driver of each other suffix; no further one is used."""
+
+_SQLITE: Final = b"SQLite format 3\0"
+_GEOPACKAGE_IDS: Final = (b"GPKG", b"GP10", b"GP11")
+_SHAPEFILE_PARTS: Final = (".shx", ".dbf", ".prj", ".cpg")
+_WKB_NAMES: Final = ("Point", "LineString", "Polygon", "MultiPoint", "MultiLineString", "MultiPolygon")
 _AREAS: Final = ("Polygon", "MultiPolygon")
 _LONLAT: Final = "OGC:CRS84"
 _CACHED_FILES: Final = 8
@@ -41,18 +59,34 @@ class Area:
     properties: dict[str, Any]
 
 
+def is_vector(uri: str | None) -> bool:
+    """The label is a file of areas, by its suffix."""
+    return uri is not None and has_suffix(uri, (*GEOJSON_SUFFIXES, *DRIVERS))
+
+
+def check_vector_support(uri: str | None) -> None:
+    """Raise `InputError` for a file that only pyogrio reads where that is not installed."""
+    if uri is not None and has_suffix(uri, tuple(DRIVERS)) and importlib.util.find_spec("pyogrio") is None:
+        what = "GeoPackage, FlatGeobuf and Shapefile are read by pyogrio, which is not installed"
+        raise InputError(what, uri, 'Install it: pip install "segpipe[vectors]", or convert to GeoJSON.')
+
+
 @lru_cache(maxsize=_CACHED_FILES)
 def read_areas(uri: str, version: Version, crs: str) -> tuple[Area, ...]:
-    """The areas of a GeoJSON file in the system ``crs``, in the file's order.
+    """The areas of a vector file in the system ``crs``, in the file's order.
 
-    The file's own system is its ``crs`` member (GeoJSON 2008), else longitude and latitude (RFC 7946).
+    GeoJSON's own system is its ``crs`` member (GeoJSON 2008), else longitude and latitude (RFC 7946); the
+    others say theirs, and hold one layer.
     Raises `SceneError` ``label_read`` for another geometry than polygons and for what cannot be read,
     ``scene_changed``; storage faults as themselves.
     """
-    tree = _parse(uri, version)
-    source = _system(_named_crs(tree), uri)
-    target = _system(crs, uri)
-    kept = [item for item in tree["features"] if item.get("geometry")]
+    if has_suffix(uri, GEOJSON_SUFFIXES):
+        tree = _parse(uri, version)
+        features, named = tree["features"], _named_crs(tree)
+    else:
+        features, named = _read_features(uri, version)
+    source, target = _system(named, uri), _system(crs, uri)
+    kept = [item for item in features if item.get("geometry")]
     for item in kept:
         if item["geometry"].get("type") not in _AREAS:
             raise _unreadable(f"it holds a {item['geometry'].get('type')}; only polygons are areas", uri)
@@ -109,15 +143,8 @@ def overlaps(one: Bbox, other: Bbox) -> bool:
 
 
 def _parse(uri: str, version: Version) -> dict[str, Any]:
-    storage, key = open_object(uri)
     try:
-        data = storage.read_range(key, 0, version.size_bytes, version.etag)
-    except ObjectChanged:
-        raise SceneError("scene_changed", "it changed since it was listed", uri) from None
-    except ObjectMissing:
-        raise _unreadable("it is gone", uri) from None
-    try:
-        tree = json.loads(data)
+        tree = json.loads(_read_object(uri, version))
     except ValueError as error:
         raise _unreadable(f"it is no JSON ({error})", uri) from None
     if isinstance(tree, dict) and tree.get("type") == "Feature":
@@ -126,6 +153,140 @@ def _parse(uri: str, version: Version) -> dict[str, Any]:
     if not isinstance(features, list) or not all(isinstance(item, dict) for item in features):
         raise _unreadable("it is no GeoJSON FeatureCollection", uri)
     return tree
+
+
+def _read_object(uri: str, version: Version) -> bytes:
+    storage, key = open_object(uri)
+    try:
+        return storage.read_range(key, 0, version.size_bytes, version.etag)
+    except ObjectChanged:
+        raise SceneError("scene_changed", "it changed since it was listed", uri) from None
+    except ObjectMissing:
+        raise _unreadable("it is gone", uri) from None
+
+
+def _read_features(uri: str, version: Version) -> tuple[list[dict[str, Any]], str]:
+    """The only layer of a file of `DRIVERS` as GeoJSON features, and its system."""
+    check_vector_support(uri)
+    suffix = next(suffix for suffix in DRIVERS if has_suffix(uri, (suffix,)))
+    data = _read_object(uri, version)
+    if not _has_content_of(suffix, data):
+        raise _unreadable(f"its content is no {DRIVERS[suffix]}", uri)
+    with TemporaryDirectory(prefix="segpipe-") as folder:
+        path = Path(folder) / f"areas{suffix}"
+        path.write_bytes(data)
+        if suffix == ".shp":
+            _copy_parts(uri, path)
+        if suffix == ".gpkg":
+            _check_tables(path, uri)
+        return _read_layer(path, DRIVERS[suffix], uri)
+
+
+def _has_content_of(suffix: str, data: bytes) -> bool:
+    if b"<OGRVRT" in data[: 1 << 16]:  # GDAL looks for a VRT anywhere in a file's head
+        return False
+    if suffix == ".gpkg":
+        return data.startswith(_SQLITE) and data[68:72] in _GEOPACKAGE_IDS
+    return data.startswith(b"fgb\x03fgb" if suffix == ".fgb" else b"\0\0\x27\x0a")
+
+
+def _copy_parts(uri: str, path: Path) -> None:
+    """Put the further files of a Shapefile beside its copy."""
+    storage, key = open_object(uri)
+    stem, own = posixpath.splitext(key)
+    for part in _SHAPEFILE_PARTS:
+        name = stem + (part.upper() if own.isupper() else part)
+        if storage.stat(name) is not None:
+            path.with_suffix(part).write_bytes(storage.read(name))
+    for part in (".shp", ".shx", ".dbf"):  # GDAL reads what is left of a file that was cut short
+        file = path.with_suffix(part)
+        if file.exists() and file.stat().st_size < _stated_bytes(part, file.read_bytes()[:100]):
+            raise _unreadable(f"its {part} ends before its time", uri)
+
+
+def _stated_bytes(part: str, head: bytes) -> int:
+    """The size that the head of a Shapefile's part claims (ESRI Shapefile description, 1998; dBASE III)."""
+    if part == ".dbf":
+        records, header_bytes, record_bytes = struct.unpack_from("<IHH", head.ljust(12, b"\0"), 4)
+        return max(32, int(header_bytes + records * record_bytes))
+    (words,) = struct.unpack_from(">i", head.ljust(28, b"\0"), 24)
+    return max(100, 2 * int(words))
+
+
+def _check_tables(path: Path, uri: str) -> None:
+    """Refuse a GeoPackage whose layers are more than tables: SQL of its own could call for other files."""
+    with sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True) as database:
+        try:
+            rows = database.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+            layers = {str(name) for (name,) in database.execute("SELECT table_name FROM gpkg_contents")}
+        except sqlite3.Error as error:
+            raise _unreadable(f"its tables cannot be read ({error})", uri) from None
+    database.close()
+    for kind, name, sql in rows:
+        words = str(sql or "").lower().split()
+        virtual = words[:3] == ["create", "virtual", "table"]
+        if virtual and not any(word.startswith("rtree") for word in words[4:6]):
+            raise _unreadable(f"it holds the virtual table {name}", uri)
+        if kind == "view" and name in layers:
+            raise _unreadable(f"its layer {name} is a view, not a table", uri)
+
+
+def _read_layer(path: Path, driver: str, uri: str) -> tuple[list[dict[str, Any]], str]:
+    import pyogrio
+
+    try:
+        layers = [str(name) for name, kind in pyogrio.list_layers(path) if kind is not None]
+        if len(layers) != 1:
+            raise _unreadable(f"it has {len(layers)} layers with geometry, not one: {', '.join(layers)}", uri)
+        info = pyogrio.read_info(path, layer=layers[0])
+        if info["driver"] != driver:
+            raise _unreadable(f"GDAL takes it for {info['driver']}, not {driver}", uri)
+        meta, _, shapes, columns = pyogrio.raw.read(path, layer=layers[0], force_2d=True)
+        if len(shapes) < info["features"]:
+            raise _unreadable(f"only {len(shapes)} of its {info['features']} areas can be read", uri)
+        if not meta["crs"]:
+            raise _unreadable("it names no coordinate reference system", uri)
+        names = [str(name) for name in meta["fields"]]
+        features = []
+        for number, shape in enumerate(shapes):
+            properties = {name: _plain(column[number]) for name, column in zip(names, columns, strict=True)}
+            features.append({"geometry": _from_wkb(shape), "properties": properties})
+    except (pyogrio.errors.DataSourceError, ValueError, RuntimeError, struct.error) as error:
+        reason = str(error).replace(str(path.parent), "")
+        raise _unreadable(f"it cannot be read ({reason})", uri) from None
+    return features, str(meta["crs"])
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _from_wkb(data: bytes | None) -> dict[str, Any] | None:
+    """GeoJSON geometry of two-dimensional well-known binary (OGC 06-103r4, 8.2); None for none or empty."""
+    if data is None:
+        return None
+    geometry, _ = _wkb_geometry(bytes(data), 0)
+    return geometry if geometry["coordinates"] or geometry["type"] not in _AREAS else None
+
+
+def _wkb_geometry(data: bytes, at: int) -> tuple[dict[str, Any], int]:
+    """The geometry at an offset, without its coordinates where it is no area; and the offset behind it."""
+    order = "<" if data[at] == 1 else ">"
+    code, count = struct.unpack_from(f"{order}II", data, at + 1)
+    at += 9
+    coordinates: list[Any] = []
+    kind = _WKB_NAMES[code - 1] if 1 <= code <= len(_WKB_NAMES) else f"geometry of the type {code}"
+    if kind == "MultiPolygon":
+        for _ in range(count):
+            part, at = _wkb_geometry(data, at)
+            coordinates.append(part["coordinates"])
+    elif kind == "Polygon":
+        for _ in range(count):
+            (points,) = struct.unpack_from(f"{order}I", data, at)
+            ring = np.frombuffer(data, f"{order}f8", 2 * points, at + 4)
+            coordinates.append(ring.reshape(-1, 2).tolist())
+            at += 4 + 16 * points
+    return {"type": kind, "coordinates": coordinates}, at
 
 
 def _named_crs(tree: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,59 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from layouts import Array, Heard, config_of, pixels_of, prepared, rows_of
-from rasterio.transform import Affine
+from layouts import Heard, config_of, pixels_of, prepared, rows_of
 from rasterio.warp import transform_geom
+from scenes import AREAS, CLASSES, RASTERS, SMALL, blank, box, chips, write_areas, write_scene
 
-from segpipe.datasets.layout import SampleRef
 from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.splits import ground_cells
 from segpipe.errors import InputError
 from segpipe.masks.codec import decode_mask
 from segpipe.pipelines.prepare import run_prepare
-
-CLASSES = ({"name": "ground", "color": (0, 0, 0)}, {"name": "house", "color": (255, 0, 0)})
-RASTERS = "{parent}/../labels/{stem}.tif"
-AREAS = "{parent}/../labels/{stem}.geojson"
-SMALL: dict[str, Any] = {"labels": RASTERS, "classes": CLASSES, "archive": {"chip_px": 32}}
-
-
-def write_scene(root: Path, name: str, image: Array, label: Array | None, *, left: float = 0.0) -> None:
-    """A scene of 1 m pixels in UTM zone 33 north, its upper left corner at (500000 + left, 5000000)."""
-    grid = {"crs": "EPSG:32633", "transform": Affine(1, 0, 500_000 + left, 0, -1, 5_000_000)}
-    arrays = {"scenes": image} if label is None else {"scenes": image, "labels": label[None]}
-    for folder, array in arrays.items():
-        path = root / folder / f"{name}.tif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        count, height, width = array.shape
-        shape = {"height": height, "width": width, "count": count, "photometric": "minisblack"}
-        with rasterio.open(path, "w", driver="GTiff", dtype=array.dtype, **shape, **grid) as file:
-            file.write(array)
-
-
-def write_areas(path: Path, geometries: list[dict[str, Any]], crs: str | None, **properties: Any) -> None:
-    features = [{"type": "Feature", "geometry": item, "properties": properties} for item in geometries]
-    tree: dict[str, Any] = {"type": "FeatureCollection", "features": features}
-    if crs is not None:
-        tree["crs"] = {"type": "name", "properties": {"name": crs}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-
-
-def box(left: float, bottom: float, right: float, top: float) -> dict[str, Any]:
-    """A rectangle in metres from the corner of `write_scene`."""
-    xs, ys = (500_000 + left, 500_000 + right), (5_000_000 + bottom, 5_000_000 + top)
-    ring = [[xs[0], ys[0]], [xs[1], ys[0]], [xs[1], ys[1]], [xs[0], ys[1]], [xs[0], ys[0]]]
-    return {"type": "Polygon", "coordinates": [ring]}
-
-
-def chips(root: Path, **options: Any) -> list[SampleRef]:
-    layout = make_layout(config_of("archive", root / "scenes", root / "out", **SMALL | options))
-    return [ref for scene in layout.listing() for ref in layout.expand(scene) if ref.split]
-
-
-def blank(root: Path, name: str, side: int, **place: float) -> None:
-    write_scene(root, name, np.zeros((3, side, side), np.uint8), np.zeros((side, side), np.uint8), **place)
 
 
 def test_rasterised_outlines_equal_the_masks_exactly(shared_data: Path, tmp_path: Path) -> None:
@@ -231,6 +186,29 @@ def test_broken_geojson_is_named(tmp_path: Path, geometry: dict[str, Any] | None
         (tmp_path / "labels/a.geojson").write_text('{"type": "Polygon"}')
     with pytest.raises(InputError, match=message):
         prepared("archive", tmp_path / "scenes", tmp_path / "out", labels=AREAS, classes=CLASSES)
+
+
+def test_chips_of_one_scene_open_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from segpipe.datasets import archive
+
+    for name in ("a", "b"):
+        blank(tmp_path, name, 96)
+    opened, real = [], archive.open_scene
+    monkeypatch.setattr(
+        archive, "open_scene", lambda scene, *rest: opened.append(scene) or real(scene, *rest)
+    )
+    tree = prepared("archive", tmp_path / "scenes", tmp_path / "out", **SMALL).dataset
+    assert tree["samples"] == 18
+    assert [scene.scene_id for scene in opened] == ["a", "b"]
+
+
+def test_a_faulty_scene_between_good_ones_is_named_chip_by_chip(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_scene(tmp_path, name, np.ones((3, 64, 64), np.uint8), np.zeros((64, 64), np.uint8))
+    write_scene(tmp_path, "b", np.ones((3, 64, 64), np.uint8), np.full((64, 64), 9, np.uint8))
+    with pytest.raises(InputError, match="4 samples cannot be used") as caught:
+        prepared("archive", tmp_path / "scenes", tmp_path / "out", **SMALL)
+    assert str(caught.value).count("b/r") == 4
 
 
 def test_a_scene_that_cannot_be_opened_is_named_before_anything_is_written(tmp_path: Path) -> None:

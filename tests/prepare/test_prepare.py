@@ -125,6 +125,25 @@ def test_another_config_in_the_same_output_is_refused(tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == before
 
 
+def test_another_licence_is_the_same_data_set_with_another_text(tmp_path: Path) -> None:
+    write_camvid(tmp_path / "in")
+    prepared("camvid", tmp_path / "in", tmp_path / "out", licence="CC0")
+    shards = {name: data for name, data in files_of(tmp_path / "out").items() if name != "dataset.json"}
+    for given, kept in (("CC BY 4.0", "CC BY 4.0"), (None, "CC BY 4.0"), ("CC0", "CC0")):
+        heard = Heard()
+        config = config_of("camvid", tmp_path / "in", tmp_path / "out", licence=given)
+        done = run_prepare(config, heard)
+        assert done.written == 0
+        assert done.dataset["licence"] == kept
+        assert json.loads((tmp_path / "out/dataset.json").read_text()) == done.dataset
+        replaced = "the data set is there already; its licence text is replaced"
+        assert heard.lines == [replaced if given else "the data set is there already; nothing to do"]
+    prepared("camvid", tmp_path / "in", tmp_path / "straight", licence="CC0")
+    whole = files_of(tmp_path / "straight")
+    assert files_of(tmp_path / "out") == whole
+    assert shards.items() <= whole.items()
+
+
 def test_predict_reads_prepared_shards_with_their_labels(tmp_path: Path) -> None:
     write_camvid(tmp_path / "in")
     for form in ("parquet", "tar"):
