@@ -13,7 +13,7 @@ from segpipe.config.card import IGNORE
 from segpipe.config.model import InputConfig
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets import archive_places as places
-from segpipe.datasets.archive_grid import ReducedGrid, choose_factor, coarser, reduce_label, reduce_pixels
+from segpipe.datasets.archive_grid import ReducedGrid, reduce_label, reduce_pixels
 from segpipe.datasets.archive_labels import Exclusion, ReadLabel, open_scene_label
 from segpipe.datasets.folder import labelled_scenes
 from segpipe.datasets.images import encode_image
@@ -21,6 +21,7 @@ from segpipe.datasets.layout import LEFT_OUT, Sample, SampleRef
 from segpipe.datasets.splits import TRAIN, ground_cells, split_of
 from segpipe.geometry import georef
 from segpipe.geometry.grid import Window
+from segpipe.geometry.resolution import choose_downsample
 from segpipe.rasters.georeference import footprint
 from segpipe.rasters.header import inspect_scene, open_source
 from segpipe.rasters.reader import SceneReader, open_scene
@@ -109,7 +110,7 @@ class ArchiveLayout:
         encoded, suffix = encode_image(pixels)
         transform = None
         if header.transform is not None:
-            transform = coarser(georef.shift(header.transform, window), factor)
+            transform = georef.coarser(georef.shift(header.transform, window), factor)
         return Sample(encoded, suffix, pixels, valid, label, window, header.crs, transform)
 
     def _header(self, scene: SceneSource) -> SceneHeader:
@@ -118,7 +119,7 @@ class ArchiveLayout:
         return inspect_scene(scene, num_bands, self._input)
 
     def _grid(self, header: SceneHeader) -> ReducedGrid:
-        factor = choose_factor(self._config.archive.pixel_m, header.pixel_m)
+        factor = choose_downsample(self._config.archive.pixel_m, header.pixel_m)
         return ReducedGrid(header.height, header.width, factor)
 
     def _grid_chips(

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from segpipe.config.card import IGNORE
-from segpipe.geometry.georef import Transform
 from segpipe.geometry.grid import Window
 
 Array = np.ndarray[Any, Any]
-
-MAX_FACTOR: Final = 16
-
-
-def choose_factor(asked_pixel_m: float | None, scene_pixel_m: float | None) -> int:
-    """The whole number nearest to asked / scene pixel size, 1 to 16; 1 where either is unknown.
-
-    The rule of ``downsample: auto``, so that a model is trained on the grid on which it predicts.
-    """
-    if asked_pixel_m is None or scene_pixel_m is None:
-        return 1
-    return min(MAX_FACTOR, max(1, int(asked_pixel_m / scene_pixel_m + 0.5)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +38,6 @@ class ReducedGrid:
             min(window.height * self.factor, self.scene_height - row_off),
             min(window.width * self.factor, self.scene_width - col_off),
         )
-
-
-def coarser(transform: Transform, factor: int) -> Transform:
-    """The transform of pixels ``factor`` times as large, from the same corner."""
-    a, b, c, d, e, f = transform
-    return a * factor, b * factor, c, d * factor, e * factor, f
 
 
 def reduce_pixels(pixels: Array, valid: Array | None, factor: int) -> tuple[Array, Array | None]:

@@ -114,21 +114,18 @@ def _place(size: tuple[int, ...], config: AugmentConfig, preset: _Preset, rng: n
     turn = np.array([[cosine, -sine], [sine, cosine]])
     linear = turn @ np.diag([1 / stretch, stretch * mirror]) / enlarge
     half_px = config.crop_px / 2 * np.abs(linear).sum(axis=1)
-    centre = [
-        _centre(n, reach, config.preset == "none", rng)
-        for n, reach in zip((height, width), half_px, strict=True)
-    ]
+    centre = [_centre(n, reach, rng) for n, reach in zip((height, width), half_px, strict=True)]
     exact = low == high == 1 and stretch == 1 and not config.rotate
     if exact:  # whole pixels: the crop then is a copy
         centre = [round(value - config.crop_px / 2) + config.crop_px / 2 for value in centre]
     return np.column_stack((linear, centre))
 
 
-def _centre(n: int, reach: float, fixed: bool, rng: np.random.Generator) -> float:
+def _centre(n: int, reach: float, rng: np.random.Generator) -> float:
     """Middle of the crop along an axis: anywhere that keeps it inside; the middle where it is larger."""
     if reach >= n / 2:
         return n / 2
-    return n / 2 if fixed and 2 * reach == n else float(rng.uniform(reach, n - reach))
+    return float(rng.uniform(reach, n - reach))
 
 
 def _recolour(image: Array, preset: _Preset, strength: float, rng: np.random.Generator) -> Array:

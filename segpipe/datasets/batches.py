@@ -50,8 +50,8 @@ class TrainBatch:
 class BatchStream:
     """The batches of steps ``first_step`` to ``stop_step - 1`` for one worker, in order.
 
-    Holds the encoded samples of two windows of the order and ``prefetch_batches`` ready batches, however many
-    shards there are. A fault of a thread is raised by the iteration. Close it, or use it as a context.
+    Holds the encoded samples of three windows of the order and ``prefetch_batches`` ready batches, however
+    many shards there are. A fault of a thread is raised by the iteration. Close it, or use it as a context.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class BatchStream:
         self.order = SampleOrder([group.samples for group in self._groups], seed, global_batch)
         self._lanes = lanes_of(rank, world, global_batch)
         self._steps = range(first_step, stop_step)
-        self._cache = _GroupCache(GroupReader(dataset), self._groups, 2 * self.order.window_groups + 2)
+        self._cache = _GroupCache(GroupReader(dataset), self._groups, 3 * self.order.window_groups)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="segpipe-samples")
 
     def __enter__(self) -> BatchStream:
@@ -101,16 +101,18 @@ class BatchStream:
         epoch, inner = self.order.place(step)
         self._read_ahead(epoch, inner)
         batch = self.order.batch(epoch, inner)
+        places = ((int(batch.groups[lane]), int(batch.rows[lane])) for lane in self._lanes)
+        # Each sample holds its group's reading: a group that is dropped from the cache is not read again.
         ready = [
-            self._pool.submit(self._make, epoch, int(batch.groups[lane]), int(batch.rows[lane]))
-            for lane in self._lanes
+            self._pool.submit(self._make, epoch, group, row, self._cache.begin(group))
+            for group, row in places
         ]
         return step, batch, ready
 
     def _read_ahead(self, epoch: int, inner: int) -> None:
         """Begin to read this step's windows and the one after them, so that no step waits for storage."""
         first, last = self.order.windows(epoch, inner)
-        for window in range(first, last + 2):
+        for window in range(last + 1, first - 1, -1):  # what is needed first is kept longest
             groups = self.order.window_groups_of(epoch, window)
             if not groups:  # the next epoch's first window
                 groups = self.order.window_groups_of(epoch + 1, 0) if self._goes_on(epoch) else []
@@ -120,8 +122,8 @@ class BatchStream:
     def _goes_on(self, epoch: int) -> bool:
         return (epoch + 1) * self.order.steps_per_epoch < self._steps.stop
 
-    def _make(self, epoch: int, group: int, row: int) -> _Ready:
-        sample = self._cache.get(group)[row]
+    def _make(self, epoch: int, group: int, row: int, read: Future[list[EncodedSample]]) -> _Ready:
+        sample = read.result()[row]
         where = f"{self._groups[group].shard_key}: sample {sample.sample_id}"
         pixels, label = decode_sample(sample, self._dataset, where)
         rng = rng_of(self._seed, epoch, sample.sample_id)
@@ -189,37 +191,35 @@ class ImageSlice:
         """Yield (sample id, pixels (bands, h, w), label uint8 (h, w)) in data set order, some read ahead."""
         reader = GroupReader(self._dataset)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="segpipe-images") as pool:
-            waiting: deque[Future[list[tuple[str, Array, Array]]]] = deque()
+            waiting: deque[Future[tuple[str, Array, Array]]] = deque()
             try:
                 for group, rows in self._mine():
-                    waiting.append(pool.submit(self._read, reader, group, rows))
-                    if len(waiting) > self._threads:
-                        yield from waiting.popleft().result()
+                    # Read before its samples are decoded: the pool takes what came first.
+                    read = pool.submit(reader.read, group)
+                    for row in rows:
+                        waiting.append(pool.submit(self._decode, group, row, read))
+                        if len(waiting) > 2 * self._threads:
+                            yield waiting.popleft().result()
                 while waiting:
-                    yield from waiting.popleft().result()
+                    yield waiting.popleft().result()
             finally:
-                for future in waiting:
-                    future.cancel()
+                pool.shutdown(cancel_futures=True)
 
     def _mine(self) -> Iterator[tuple[GroupRef, list[int]]]:
-        """Groups with the rows of this worker, four images at a time."""
+        """Groups that hold images of this worker, with their rows."""
         start = 0
         for group in self._groups:
             rows = [row for row in range(group.samples) if (start + row) % self._world == self._rank]
-            for first in range(0, len(rows), 4):
-                yield group, rows[first : first + 4]
             start += group.samples
+            if rows:
+                yield group, rows
 
-    def _read(self, reader: GroupReader, group: GroupRef, rows: list[int]) -> list[tuple[str, Array, Array]]:
-        samples = reader.read(group)
-        made = []
-        for row in rows:
-            sample = samples[row]
-            pixels, label = decode_sample(
-                sample, self._dataset, f"{group.shard_key}: sample {sample.sample_id}"
-            )
-            made.append((sample.sample_id, pixels, label))
-        return made
+    def _decode(
+        self, group: GroupRef, row: int, read: Future[list[EncodedSample]]
+    ) -> tuple[str, Array, Array]:
+        sample = read.result()[row]
+        where = f"{group.shard_key}: sample {sample.sample_id}"
+        return sample.sample_id, *decode_sample(sample, self._dataset, where)
 
 
 class _GroupCache:
@@ -241,9 +241,6 @@ class _GroupCache:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
             return future
-
-    def get(self, group: int) -> list[EncodedSample]:
-        return self.begin(group).result()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -13,7 +13,8 @@ import numpy as np
 
 from segpipe.config.card import IGNORE, MAX_CLASSES, ClassInfo
 from segpipe.config.prepare import PrepareConfig
-from segpipe.datasets.coco_masks import CocoMapsLayout, as_colour, find_map_folders, region_mask
+from segpipe.datasets.coco_maps import CocoMapsLayout, as_colour, find_map_folders
+from segpipe.datasets.coco_masks import region_mask
 from segpipe.datasets.images import DecodedImage, decode_image, read_encoded, whole_sample
 from segpipe.datasets.layout import Layout, ReadsAlone, Sample, SampleRef, refuse_missing
 from segpipe.datasets.tree import Tree, list_tree

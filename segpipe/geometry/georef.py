@@ -36,6 +36,12 @@ def shift(transform: Transform, window: Window) -> Transform:
     return a, b, x, d, e, y
 
 
+def coarser(transform: Transform, factor: int) -> Transform:
+    """The transform of pixels ``factor`` times as large, from the same corner."""
+    a, b, c, d, e, f = transform
+    return a * factor, b * factor, c, d * factor, e * factor, f
+
+
 def outline(transform: Transform, window: Window, edge_points: int) -> list[Point]:
     """The window's outline as an open ring from its first pixel's outer corner.
 

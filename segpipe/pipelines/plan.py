@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import SceneError
+from segpipe.geometry.resolution import choose_downsample, is_coarser
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_part
 from segpipe.masks.read import SceneUnits, iter_plan
@@ -21,10 +21,6 @@ from segpipe.storage import Storage
 
 Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]
 FindMasks = Callable[[Sequence[SceneSource]], dict[str, SceneUnits]]
-
-MAX_DOWNSAMPLE: Final = 16
-COARSE_FACTOR: Final = 1.5
-"""A scene whose pixels are this much coarser than the model's is named: scores suffer there."""
 
 
 def inspect_source(source: SceneSource, config: SegpipeConfig, card: ModelCard) -> PlanScene:
@@ -43,20 +39,6 @@ def inspect_source(source: SceneSource, config: SegpipeConfig, card: ModelCard) 
     asked = config.inference.downsample
     factor = choose_downsample(card.pixel_m, header.pixel_m) if asked == "auto" else asked
     return PlanScene(source, header, factor, is_coarser(card.pixel_m, header.pixel_m))
-
-
-def choose_downsample(model_pixel_m: float | None, scene_pixel_m: float | None) -> int:
-    """Return the whole number nearest to model / scene pixel size, 1 to 16; 1 where either is unknown."""
-    if model_pixel_m is None or scene_pixel_m is None:
-        return 1
-    return min(MAX_DOWNSAMPLE, max(1, int(model_pixel_m / scene_pixel_m + 0.5)))
-
-
-def is_coarser(model_pixel_m: float | None, scene_pixel_m: float | None) -> bool | None:
-    """Return whether the scene's pixels are too coarse for the model; None where either is unknown."""
-    if model_pixel_m is None or scene_pixel_m is None:
-        return None
-    return scene_pixel_m > COARSE_FACTOR * model_pixel_m
 
 
 @dataclass(slots=True)

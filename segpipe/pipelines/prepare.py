@@ -16,9 +16,9 @@ from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
 from segpipe.datasets.shards import ShardMeta
 from segpipe.datasets.write import ShardResult, ShardTask, make_shard
 from segpipe.errors import ConfigError, InputError, SceneError
+from segpipe.geometry.resolution import is_coarser
 from segpipe.pipelines.events import Events, counted
 from segpipe.pipelines.local import Executor
-from segpipe.pipelines.plan import is_coarser
 from segpipe.pipelines.predict import nothing_written, start_executor
 from segpipe.storage import Storage, open_storage
 

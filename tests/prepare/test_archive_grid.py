@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from layouts import Array, Heard, config_of, pixels_of, prepared, rows_of
 from scenes import CLASSES, RASTERS, SMALL, write_scene
 
-from segpipe.datasets.archive_grid import ReducedGrid, choose_factor, coarser, reduce_label, reduce_pixels
-from segpipe.geometry.georef import apply
+from segpipe.datasets.archive_grid import ReducedGrid, reduce_label, reduce_pixels
+from segpipe.geometry.georef import apply, coarser
 from segpipe.geometry.grid import Window
+from segpipe.geometry.resolution import choose_downsample
 from segpipe.masks.codec import decode_mask
-from segpipe.pipelines.plan import choose_downsample
 from segpipe.pipelines.prepare import run_prepare
 
 
@@ -63,10 +63,22 @@ def test_reduced_pixels_are_means_of_valid_pixels_and_labels_majorities(
     np.testing.assert_allclose(plain, naive_pixels(np.nan_to_num(pixels), every, factor), rtol=1e-6)
 
 
-@given(st.floats(0.01, 100), st.floats(0.01, 100))
-def test_the_factor_is_that_of_predict(asked_m: float, scene_m: float) -> None:
-    assert choose_factor(asked_m, scene_m) == choose_downsample(asked_m, scene_m)
-    assert choose_factor(None, scene_m) == choose_factor(asked_m, None) == 1
+@pytest.mark.parametrize(
+    ("wanted_m", "scene_m", "factor"),
+    [
+        (0.15, 0.07, 2),
+        (0.15, 0.099, 2),
+        (0.15, 0.11, 1),
+        (0.1, 9.0, 1),
+        (10.0, 0.1, 16),
+        (None, 1, 1),
+        (1, None, 1),
+    ],
+)
+def test_the_factor_is_the_nearest_whole_number(
+    wanted_m: float | None, scene_m: float | None, factor: int
+) -> None:
+    assert choose_downsample(wanted_m, scene_m) == factor
 
 
 def test_a_coarser_transform_keeps_every_place() -> None:

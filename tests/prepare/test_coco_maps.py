@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from layouts import config_of, pixels_of, prepared, rows_of, save
 
-from segpipe.datasets.coco_masks import map_categories
+from segpipe.datasets.coco_maps import map_categories
 from segpipe.datasets.layouts import make_layout
 from segpipe.errors import InputError
 from segpipe.masks.codec import decode_mask

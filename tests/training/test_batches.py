@@ -9,8 +9,8 @@ from tiny import CLASSES, tiny_dataset
 
 from segpipe.config.train import AugmentConfig, DataConfig
 from segpipe.datasets.batches import BatchStream, ImageSlice, TrainBatch
-from segpipe.datasets.groups import GroupReader
-from segpipe.datasets.prepared import open_dataset
+from segpipe.datasets.groups import EncodedSample, GroupReader
+from segpipe.datasets.prepared import GroupRef, open_dataset
 from segpipe.errors import InputError
 
 
@@ -153,3 +153,19 @@ def test_a_label_without_class_is_named(uri: str) -> None:
     with pytest.raises(InputError, match="holds the value 2, the data set has classes 0 to 0"):
         decode_sample(sample, few, "shard: sample 1")
     assert np.unique(decode_sample(sample, dataset, "")[1]).tolist() == [0, 1, 2, 255]
+
+
+def test_a_group_is_read_once_an_epoch(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    plain = GroupReader.read
+
+    def counted(self: GroupReader, group: GroupRef) -> list[EncodedSample]:
+        read.append(group.index)
+        return plain(self, group)
+
+    monkeypatch.setattr(GroupReader, "read", counted)
+    assert len(list(ImageSlice(open_dataset(uri), ("train",), 0, 1))) == 18
+    assert read == [0, 1]
+    read.clear()
+    stream(uri, stop=5)
+    assert sorted(read) == [0, 1]
