@@ -16,16 +16,18 @@ from segpipe.storage import read_uri
 
 def read_config(uri: str | None, flags: dict[str, Any], sets: list[str]) -> SegpipeConfig:
     """Fetch the YAML from any storage and lay flags and --set over it."""
-    text = None
-    if uri is not None:
-        try:
-            with nothing_written():
-                text = read_uri(uri).decode()
-        except UnicodeDecodeError as error:
-            raise ConfigError("the config is not UTF-8 text", uri) from error
-    return load_config(
-        text, {key: value for key, value in flags.items() if value is not None}, sets, uri or "flags"
-    )
+    return load_config(read_text(uri), flags, sets, uri or "flags")
+
+
+def read_text(uri: str | None) -> str | None:
+    """The text of a config at any URI; None for none. Raises `ConfigError` where it is no UTF-8."""
+    if uri is None:
+        return None
+    try:
+        with nothing_written():
+            return read_uri(uri).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError("the config is not UTF-8 text", uri) from error
 
 
 def run_command(

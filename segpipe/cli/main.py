@@ -173,6 +173,28 @@ def prepare(
 
 
 @app.command()
+def train(
+    config: Config = None,
+    data: Annotated[str | None, typer.Option("--data", help="URI of a prepared data set.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="URI of the training's folder.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="URI of pretrained weights to start from.")
+    ] = None,
+    sets: Sets = None,
+    executor: ExecutorFlag = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model from a prepared data set, on one machine or a cluster. The same command resumes."""
+    from segpipe.cli.train import train_command
+
+    flags = {"data.uri": data, "output": output, "init.weights": weights, "cluster.executor": executor}
+    raise typer.Exit(train_command(config, flags, sets or [], dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the results.")] = "segpipe-demo",
     executor: ExecutorFlag = None,

@@ -6,13 +6,12 @@ import json
 from collections import Counter
 from typing import Any
 
+from segpipe.cli.jobs import read_text
 from segpipe.cli.progress import ProgressEvents
 from segpipe.config.prepare import PrepareConfig, load_prepare
 from segpipe.errors import ConfigError
 from segpipe.pipelines.events import counted
-from segpipe.pipelines.predict import nothing_written
 from segpipe.pipelines.prepare import Prepared, plan_prepare, run_prepare
-from segpipe.storage import read_uri
 
 
 def prepare_command(
@@ -25,7 +24,9 @@ def prepare_command(
     as_json: bool,
 ) -> int:
     """Prepare a data set and return the exit code. ``splits``: "val=0.2" or "val=GLOB", as typed."""
-    config = _read_config(config_uri, {**flags, **_split_flags(splits)}, sets)
+    config = load_prepare(
+        read_text(config_uri), {**flags, **_split_flags(splits)}, sets, config_uri or "flags"
+    )
     if dry_run:
         _print_plan(config, as_json)
         return 0
@@ -33,17 +34,6 @@ def prepare_command(
         done = run_prepare(config, events)
     _print_prepared(done, as_json)
     return 0
-
-
-def _read_config(uri: str | None, flags: dict[str, Any], sets: list[str]) -> PrepareConfig:
-    text = None
-    if uri is not None:
-        try:
-            with nothing_written():
-                text = read_uri(uri).decode()
-        except UnicodeDecodeError as error:
-            raise ConfigError("the config is not UTF-8 text", uri) from error
-    return load_prepare(text, flags, sets, uri or "flags")
 
 
 def _split_flags(splits: list[str]) -> dict[str, Any]:

@@ -74,6 +74,13 @@ class Storage(Protocol):
     def put(self, key: str, data: bytes) -> None:
         """Make or replace the object; readers see the old or the new bytes, never a mixture."""
 
+    def delete(self, key: str) -> None:
+        """Remove the object; no error where there is none.
+
+        A request whose reply is lost is sent again, so an object that another writer makes meanwhile may go
+        too. Folders of local files stay, empty or not.
+        """
+
     def list(self, prefix: str = "") -> Iterator[list[ObjectInfo]]:
         """Pages of the objects whose key begins with ``prefix``, never from a cache.
 

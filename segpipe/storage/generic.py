@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
@@ -130,6 +131,12 @@ class FsspecStorage:
         self._check_writable()
         path = self._path(key)
         self._try(lambda: self._fs.pipe_file(path, bytes(data)), self.uri(key))
+
+    def delete(self, key: str) -> None:
+        self._check_writable()
+        path = self._path(key)
+        with suppress(ObjectMissing):
+            self._try(lambda: self._fs.rm_file(path), self.uri(key))
 
     def _path(self, key: str) -> str:
         return f"{self._base.rstrip('/')}/{check_key(key)}"

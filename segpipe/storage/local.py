@@ -115,6 +115,14 @@ class LocalStorage:
             finally:
                 self._drop_temp(temp)
 
+    def delete(self, key: str) -> None:
+        path = self.uri(key)
+        if self.stat(key) is None:
+            return  # nothing, or a folder, pipe or link to one, which is no object
+        with suppress(ObjectMissing), _explained(path):  # another may have been quicker
+            os.unlink(path)
+            _sync_folder(os.path.dirname(path))
+
     def list(self, prefix: str = "") -> Iterator[list[ObjectInfo]]:
         folder, _, start = check_prefix(prefix).rpartition("/")
         page: list[ObjectInfo] = []

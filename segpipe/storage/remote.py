@@ -134,6 +134,10 @@ class S3Storage:
 
         self._wait(lambda: retry_async(attempt, where))
 
+    def delete(self, key: str) -> None:
+        where = self.uri(key)
+        self._wait(lambda: retry_async(lambda: self._delete(key, where), where))
+
     def list(self, prefix: str = "") -> Iterator[list[ObjectInfo]]:
         check_prefix(prefix)
         where = join_uri(self._root, prefix)
@@ -241,6 +245,16 @@ class S3Storage:
 
     async def _put(self, key: str, where: str, data: bytes, **conditions: Any) -> None:
         await self._call("put_object", where, Key=self._full_key(key), Body=data, **conditions)
+
+    async def _delete(self, key: str, where: str) -> None:
+        try:
+            await self._call("delete_object", where, Key=self._full_key(key))
+        except ClientError as error:
+            status = s3client.status_of(error)
+            if status == 409:
+                raise Transient("a write of this object was in the way") from None
+            if status != 404:  # S3 itself says 204 where there is no object, others 404
+                raise s3client.unexpected(error, where) from None
 
     async def _list_page(self, where: str, arguments: dict[str, Any]) -> dict[str, Any]:
         try:

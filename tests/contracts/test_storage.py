@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import multiprocessing
+import os
 import pickle
 import sys
 import tarfile
@@ -277,6 +278,41 @@ class TestEveryStore:
         assert store.read("exports/a.tif") == before
         assert keys_of(store) == ["exports/a.tif"]
 
+    def test_a_deleted_object_is_gone_and_may_be_made_anew(self, store: Storage) -> None:
+        for key in (*ODD_KEYS, "a/b", "a/c", "ab"):
+            store.put(key, b"old")
+        for key in ODD_KEYS:
+            store.delete(key)
+        store.delete("a/b")
+        assert keys_of(store) == ["a/c", "ab"]
+        assert store.stat("a/b") is None
+        with pytest.raises(ObjectMissing):
+            store.read("a/b")
+        assert store.put_if_absent("a/b", b"new")
+        assert store.read("a/b") == b"new"
+
+    def test_deleting_what_is_not_there_is_no_error(self, store: Storage) -> None:
+        store.delete("never")
+        store.delete("no/such/folder/k")
+        store.put("k", b"1")
+        store.delete("k")
+        store.delete("k")
+        store.delete("k/below")
+        assert keys_of(store) == []
+
+    def test_deleting_a_folders_name_leaves_what_is_in_it(self, store: Storage) -> None:
+        store.put("folder/k", b"1")
+        store.delete("folder")
+        assert store.read("folder/k") == b"1"
+
+    def test_of_many_that_delete_at_once_none_fails(self, store: Storage) -> None:
+        keys = [f"race/{index}" for index in range(10)]
+        for key in keys:
+            store.put(key, b"1")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(store.delete, keys * 8))
+        assert keys_of(store) == []
+
     @pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/..", ".", "./a", "a\0b"])
     def test_a_key_that_could_leave_the_root_is_refused(
         self, store: Storage, key: str, tmp_path: Path
@@ -292,6 +328,7 @@ class TestEveryStore:
             lambda: store.put(key, b""),
             lambda: store.put_if_absent(key, b""),
             lambda: store.put_file_if_absent(key, source),
+            lambda: store.delete(key),
             lambda: store.local_path(key),
         ):
             with pytest.raises(InputError):
@@ -365,6 +402,7 @@ class TestS3:
             lambda: store.put("k", b""),
             lambda: store.put_if_absent("k", b""),
             lambda: store.put_file_if_absent("k", source),
+            lambda: store.delete("k"),
         ):
             with pytest.raises(StorageRefused, match="no such bucket"):
                 act()
@@ -380,6 +418,9 @@ class TestS3:
         with pytest.raises(StorageRefused, match="access denied"):
             store.put_if_absent("l", b"1")
         assert store.stat("l") is None
+        with pytest.raises(StorageRefused, match="access denied"):
+            store.delete("k")
+        assert store.read("k") == b"1"
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -466,6 +507,22 @@ class TestS3WithFaults:
         s3_proxy.faults = [Fault("PUT", "/unit", "lost")]
         assert not store.put_if_absent("unit", b"our bytes")
         assert store.read("unit") == b"other bytes"
+
+    @pytest.mark.parametrize("kind", ["lost", "reset", "503", "409"])
+    def test_a_delete_that_fails_or_whose_reply_is_lost_is_sent_again(
+        self, store: Storage, s3_proxy: FaultProxy, kind: str
+    ) -> None:
+        s3_proxy.faults = [Fault("DELETE", "/seed", kind, "SlowDown")]
+        store.delete("seed")
+        assert (s3_proxy.count("DELETE", kind), s3_proxy.count("DELETE")) == (1, 2)
+        assert store.stat("seed") is None
+
+    def test_a_store_that_answers_404_to_a_delete_has_no_such_object(
+        self, store: Storage, s3_proxy: FaultProxy
+    ) -> None:
+        s3_proxy.faults = [Fault("DELETE", "/seed", "404", "NoSuchKey")]
+        store.delete("seed")
+        assert s3_proxy.count("DELETE") == 1
 
     def test_a_conflict_proves_nothing_and_is_tried_again(self, store: Storage, s3_proxy: FaultProxy) -> None:
         s3_proxy.faults = [Fault("PUT", "/unit", "409", "ConditionalRequestConflict")]
@@ -565,6 +622,40 @@ class TestS3WithFaults:
             file.seek(400_000)
             with pytest.raises(ObjectChanged):
                 file.read(10)
+
+
+def test_nothing_is_deleted_over_http() -> None:
+    with pytest.raises(StorageRefused, match="can only be read"):
+        open_storage("http://127.0.0.1:9/folder").delete("k")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may delete anything")
+def test_a_local_file_in_a_folder_without_write_permission_is_not_deleted(tmp_path: Path) -> None:
+    store = open_storage(str(tmp_path / "root"))
+    store.put("folder/k", b"1")
+    folder = tmp_path / "root" / "folder"
+    folder.chmod(0o500)
+    try:
+        with pytest.raises(StorageRefused, match="Check the permissions"):
+            store.delete("folder/k")
+    finally:
+        folder.chmod(0o700)
+    assert store.read("folder/k") == b"1"
+
+
+def test_deleting_a_link_to_a_folder_or_a_file_leaves_what_it_points_to(tmp_path: Path) -> None:
+    store = open_storage(str(tmp_path / "root"))
+    store.put("k", b"1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_bytes(b"2")
+    (tmp_path / "root" / "to_folder").symlink_to(elsewhere)
+    (tmp_path / "root" / "to_file").symlink_to(elsewhere / "file")
+    store.delete("to_folder")
+    store.delete("to_file")
+    assert (elsewhere / "file").read_bytes() == b"2"
+    assert (tmp_path / "root" / "to_folder").is_symlink()
+    assert keys_of(store) == ["k", "to_folder/file"]
 
 
 @pytest.mark.s3

@@ -1,0 +1,166 @@
+"""The command that trains a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Final
+
+from segpipe.cli.jobs import read_text
+from segpipe.cli.progress import format_duration
+from segpipe.config.train import TrainConfig, load_train
+from segpipe.pipelines.events import counted
+from segpipe.training.events import TrainEvents
+from segpipe.training.finish import Trained
+from segpipe.training.history import ScoreRow, StepRow
+from segpipe.training.run import TrainPlan, plan_only, prepare_job, run_training
+
+_LINE_EVERY_S: Final = 10.0
+
+
+def train_command(
+    config_uri: str | None, flags: dict[str, Any], sets: list[str], *, dry_run: bool, as_json: bool
+) -> int:
+    """Train and return the exit code."""
+    config = _read_config(config_uri, flags, sets)
+    job = prepare_job(config)
+    if dry_run:
+        _print_plan(plan_only(job), as_json)
+        return 0
+    with TrainProgress() as events:
+        trained = run_training(job, events)
+    _print_trained(trained, as_json)
+    return 0
+
+
+def _read_config(uri: str | None, flags: dict[str, Any], sets: list[str]) -> TrainConfig:
+    return load_train(read_text(uri), flags, sets, uri or "flags")
+
+
+class TrainProgress(TrainEvents):
+    """Shows steps with loss, samples/s and ETA on stderr: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._first_step = self._total = 0
+        self._started_s = self._line_s = 0.0
+
+    def __enter__(self) -> TrainProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def message(self, text: str) -> None:
+        self._print(text)
+
+    def warning(self, text: str) -> None:
+        self._print(f"warning: {text}")
+
+    def begun(self, first_step: int, total_steps: int) -> None:
+        self._first_step, self._total = first_step, total_steps
+        self._started_s = self._line_s = time.monotonic()
+        if first_step >= total_steps:
+            self._print("all steps are done already; nothing to train")
+        elif sys.stderr.isatty():
+            self._open_bar()
+
+    def step(self, row: StepRow) -> None:
+        self._first_step = min(self._first_step, row.step - 1)
+        text = f"loss {row.loss:.4f}  {row.samples_per_s:.1f} samples/s  lr {row.lr:.2g}{self._eta(row.step)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row.step, rates=text)
+        elif time.monotonic() - self._line_s >= _LINE_EVERY_S or row.step == self._total:
+            self._line_s = time.monotonic()
+            self._print(f"step {row.step} of {self._total}  {text}")
+
+    def score(self, row: ScoreRow) -> None:
+        shown = "undefined" if row.metric is None else f"{row.metric:.4f}"
+        miou = row.scores.get("miou")
+        more = "" if miou is None or miou == row.metric else f"  miou {miou:.4f}"
+        best = "  best so far" if row.is_best else ""
+        self._print(f"validation at step {row.step} (epoch {row.epoch:.2f}): {shown}{more}{best}")
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first_step
+        if done <= 0 or step >= self._total:
+            return ""
+        left_s = (time.monotonic() - self._started_s) / done * (self._total - step)
+        return f"  ETA {format_duration(left_s)}"
+
+    def _open_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn("steps"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task("steps", total=self._total, completed=self._first_step, rates="")
+        self._bar.start()
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _print_plan(plan: TrainPlan, as_json: bool) -> None:
+    job, pool = plan.job, plan.pool
+    config, dataset = job.config, job.dataset
+    tree = {
+        "schema_version": 1,
+        "family": job.card.family,
+        "bands": list(job.card.bands),
+        "classes": [info.name for info in job.card.classes],
+        "samples": {split: dataset.num_samples([split]) for split in dataset.splits},
+        "train_splits": list(config.data.train_splits),
+        "validation_splits": list(config.validation.splits),
+        "global_batch": config.train.global_batch,
+        "steps": job.total_steps,
+        "steps_done": plan.done_steps,
+        "workers": pool.most if pool.least == pool.most else [pool.least, pool.most],
+        "device": pool.device,
+        "precision": pool.precision,
+        "cpus_per_worker": pool.cpus_per_worker,
+        "threads_per_worker": pool.threads_per_worker,
+        "loader_threads": pool.loader_threads,
+    }
+    if as_json:
+        print(json.dumps(tree))
+        return
+    width = max(map(len, tree))
+    for name, value in tree.items():
+        if name == "schema_version":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {count}" for key, count in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        print(f"{name:<{width}}  {value}")
+
+
+def _print_trained(trained: Trained, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"schema_version": 1, **asdict(trained)}))
+        return
+    early = ", stopped early" if trained.stopped_early else ""
+    print(f"{counted(trained.steps, 'step')} of {trained.total_steps}{early}")
+    score = "" if trained.metric is None else f", score {trained.metric:.4f}"
+    print(f"kept: the weights of step {trained.kept_step}{score}")
+    for name, value in (trained.scores or {}).items():
+        if name.startswith("iou_"):
+            print(f"  {name:<24} {'-' if value is None else f'{value:.4f}'}")
+    print(f"model:  {trained.output}/model.safetensors\ncurves: {trained.output}/curves.png")

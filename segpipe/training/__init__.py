@@ -1,0 +1,1 @@
+"""Training: losses, steps, checkpoints, validation, and their wiring to Ray Train."""

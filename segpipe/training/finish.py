@@ -1,0 +1,115 @@
+"""What a finished training leaves behind: the model file, its card for people, the curves."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from segpipe.config.card import ModelCard
+from segpipe.config.train import TrainConfig
+from segpipe.datasets.prepared import PreparedDataset
+from segpipe.errors import IncompleteError
+from segpipe.models.file import save_model
+from segpipe.storage import Storage
+from segpipe.training.checkpoint import Progress, list_checkpoints, read_checkpoint
+from segpipe.training.curves import draw_curves
+from segpipe.training.history import read_scores, read_steps
+from segpipe.training.model_card import card_text
+from segpipe.training.network import evaluation_copy
+from segpipe.training.run_file import MODEL_KEY, TrainRun
+from segpipe.training.tracking import open_trackers
+from segpipe.training.worker import steps_per_epoch
+
+CARD_KEY: Final = "README.md"
+CURVES_KEY: Final = "curves.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How a training ended."""
+
+    output: str
+    steps: int
+    total_steps: int
+    kept_step: int
+    metric: float | None
+    """Score of the kept weights, where they were validated."""
+    stopped_early: bool
+    scores: dict[str, Any] | None
+    """The kept weights' row of history/epochs, where they were validated."""
+
+
+def finish(
+    storage: Storage, config: TrainConfig, run: TrainRun, dataset: PreparedDataset, total: int
+) -> Trained:
+    """Write model.safetensors, README.md and curves.png from checkpoints and history; repeatable.
+
+    Raises `IncompleteError` where the training is not at its end.
+    """
+    progress = _ended(storage, run, total)
+    keeps_best = config.validation.keep == "best" and progress.best_step is not None
+    kept_step = progress.best_step if keeps_best else progress.step
+    assert kept_step is not None
+    checkpoint = read_checkpoint(storage, kept_step, run.key)
+    model = evaluation_copy(run.card, checkpoint.part("average") or checkpoint.part("model"))
+    steps, scores = read_steps(storage), read_scores(storage)
+    kept = next((row for row in reversed(scores.to_pylist()) if row["step"] == kept_step), None)
+    facts = {
+        "config": run.config,
+        "steps": progress.step,
+        "epochs": progress.step / steps_per_epoch(config, dataset),
+        "kept_step": kept_step,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": run.facts.device,
+        "workers": progress.workers,
+        "metric": config.validation.metric,
+    }
+    card = run.card.model_copy(
+        update={"training": {**run.card.training, **_facts(progress, kept_step, kept)}}
+    )
+    title = f"{card.family}: {progress.step} steps"
+    names = [info.name for info in card.classes]
+    artefacts = {
+        MODEL_KEY: _model_bytes(model, card),
+        CARD_KEY: card_text(card, facts, scores, dataset, progress.start_lines).encode(),
+        CURVES_KEY: draw_curves(steps, scores, names, title),
+    }
+    for key, data in sorted(artefacts.items()):  # the model comes last: where it is, all is there
+        storage.put(key, data)
+    open_trackers(config.tracking, storage.root, run.config, progress.step).close(storage, artefacts)
+    return Trained(
+        output=storage.root,
+        steps=progress.step,
+        total_steps=total,
+        kept_step=kept_step,
+        metric=None if kept is None else kept["metric"],
+        stopped_early=progress.stopped,
+        scores=kept,
+    )
+
+
+def _ended(storage: Storage, run: TrainRun, total: int) -> Progress:
+    steps = list_checkpoints(storage)
+    progress = read_checkpoint(storage, steps[-1], run.key).progress if steps else None
+    if progress is None or (progress.step < total and not progress.stopped):
+        done = progress.step if progress else 0
+        raise IncompleteError(
+            f"the training ended after step {done} of {total}", storage.root, "The same command goes on."
+        )
+    return progress
+
+
+def _facts(progress: Progress, kept_step: int, kept: dict[str, Any] | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"steps": progress.step, "kept_step": kept_step}
+    if kept is not None:
+        facts["validation"] = {name: value for name, value in kept.items() if name not in ("step", "is_best")}
+    return facts
+
+
+def _model_bytes(model: Any, card: ModelCard) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="segpipe-") as folder:
+        path = Path(folder) / MODEL_KEY
+        save_model(path, model, card)
+        return path.read_bytes()

@@ -1,0 +1,67 @@
+"""Turns the hardware into the shape of a training: workers, CPUs, threads, device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from segpipe.config.train import TrainConfig
+from segpipe.errors import ConfigError
+from segpipe.pipelines.resources import Hardware
+
+_MOST_LOADER_THREADS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPool:
+    """The workers of a training, and what each of them has."""
+
+    least: int
+    most: int
+    """Equal where the number is fixed."""
+    cpus_per_worker: float
+    """CPUs that Ray sets aside for a worker; its threads are other numbers."""
+    device: str
+    """Kind of device: cpu or cuda."""
+    precision: str
+    threads_per_worker: int
+    loader_threads: int
+
+
+def plan_training(hardware: Hardware, config: TrainConfig) -> TrainPool:
+    """Shape a training on this hardware. Raises `ConfigError` for more workers than it has room for.
+
+    One worker a GPU where there are any, else one; by itself never more than share the global batch evenly.
+    """
+    cluster, batch = config.cluster, config.train.global_batch
+    device = "cuda" if hardware.gpus else "cpu"
+    room = hardware.gpus or hardware.cpus
+    if cluster.executor == "local":
+        least = most = 1
+    elif isinstance(cluster.workers, tuple):
+        least, most = cluster.workers
+    elif cluster.workers == "auto":
+        least = most = max(n for n in range(1, max(1, hardware.gpus) + 1) if batch % n == 0)
+    else:
+        least = most = cluster.workers
+    if least > room:
+        what = "GPUs" if hardware.gpus else "CPUs"
+        raise ConfigError(
+            f"{least} workers, but there are {room} {what}", "cluster.workers", f"Ask for at most {room}."
+        )
+    node_cpus = hardware.cpus_per_node or hardware.cpus
+    share = max(1, node_cpus // -(-most // max(1, hardware.nodes)))
+    reserved = max(0.1, min((hardware.cpus - 0.5) / most, share))
+    threads, loaders = cluster.threads_per_worker, cluster.loader_threads
+    precision: str = config.train.precision
+    if precision == "auto":
+        precision = hardware.gpu_precision if hardware.gpus else "fp32"
+    return TrainPool(
+        least=least,
+        most=most,
+        cpus_per_worker=int(reserved) if reserved > 1 else int(reserved * 1000) / 1000,
+        device=device,
+        precision=precision,
+        threads_per_worker=share if threads == "auto" else threads,
+        loader_threads=min(share, _MOST_LOADER_THREADS) if loaders == "auto" else loaders,
+    )

@@ -1,0 +1,269 @@
+"""The driver of ``segpipe train``: checks what was asked, starts the workers, finishes what they leave."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from segpipe.config.card import ModelCard
+from segpipe.config.model import ClusterConfig, SegpipeConfig
+from segpipe.config.train import TrainConfig
+from segpipe.datasets.layout import first_few
+from segpipe.datasets.prepared import PreparedDataset, open_dataset
+from segpipe.errors import ConfigError, InputError
+from segpipe.models.families import build
+from segpipe.pipelines.local import Executor
+from segpipe.pipelines.predict import nothing_written, start_executor
+from segpipe.storage import Storage, open_storage, read_uri
+from segpipe.storage.uris import normalize_root
+from segpipe.training.checkpoint import list_checkpoints
+from segpipe.training.comm import Comm
+from segpipe.training.events import TrainEvents
+from segpipe.training.finish import Trained, finish
+from segpipe.training.history import ScoreRow, StepRow
+from segpipe.training.network import check_hardware
+from segpipe.training.resources import TrainPool, plan_training
+from segpipe.training.run_file import TrainFacts, TrainRun, adopt_or_create, make_recipe
+from segpipe.training.tracking import check_tracking
+from segpipe.training.worker import WorkerTask, run_worker, total_steps
+
+_PACKAGES: Final = ("segpipe", "torch", "torchvision", "ray", "numpy")
+_IMAGENET: Final = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """What was asked, checked and read, before anything is started or written."""
+
+    config: TrainConfig
+    dataset: PreparedDataset
+    card: ModelCard
+    init_sha256: str | None
+
+    @property
+    def output(self) -> str:
+        assert self.config.output is not None
+        return self.config.output
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(self.config, self.dataset)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """What a training would do."""
+
+    job: TrainJob
+    pool: TrainPool
+    done_steps: int
+
+
+def prepare_job(config: TrainConfig) -> TrainJob:
+    """Read the data set's description and hold the config against it. Writes nothing.
+
+    Raises `ConfigError` or `InputError`.
+    """
+    if config.output is None:
+        raise ConfigError("no output", "output", "Give --output URI.")
+    config = _absolute(config)
+    with nothing_written():
+        dataset = open_dataset(config.data.uri)
+        digest = None
+        if config.init.weights is not None:
+            digest = hashlib.sha256(read_uri(config.init.weights)).hexdigest()
+    _check_splits(config, dataset)
+    check_tracking(config.tracking)
+    card = make_card(config, dataset)
+    with torch.device("meta"):
+        build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+    return TrainJob(config, dataset, card, digest)
+
+
+def make_card(config: TrainConfig, dataset: PreparedDataset) -> ModelCard:
+    """The model card that the training's network will carry. Raises `ConfigError`."""
+    model = config.model
+    bands = model.bands or _band_names(dataset.bands)
+    if len(bands) != dataset.bands:
+        raise ConfigError(
+            f"{len(bands)} bands are named, the data set has {dataset.bands}",
+            "model.bands",
+            "Name each band, or leave it out.",
+        )
+    mean, std = dataset.mean, tuple(value if value > 0 else 1.0 for value in dataset.std)
+    if model.normalise == "imagenet":
+        if dataset.bands != 3 or dataset.dtype != "uint8":
+            raise ConfigError(
+                f"imagenet fits 8-bit RGB, the data set has {dataset.bands} bands of {dataset.dtype}",
+                "model.normalise",
+                "Use dataset.",
+            )
+        mean, std = _IMAGENET
+    metric, _, name = config.validation.metric.partition(":")
+    names = [info.name for info in dataset.classes]
+    if metric == "iou" and name not in names:
+        raise ConfigError(
+            f"no class {name!r} in the data set", "validation.metric", f"There are: {', '.join(names)}."
+        )
+    samples = {split: dataset.num_samples([split]) for split in dataset.splits}
+    return ModelCard(
+        family=model.family,
+        options=model.options,
+        bands=bands,
+        dtype=dataset.dtype,
+        mean=mean,
+        std=std,
+        pixel_m=dataset.pixel_m,
+        tile_px=config.validation.tile_px,
+        classes=dataset.classes,
+        training={"data_key": dataset.key, "samples": samples, "licence": dataset.licence},
+    )
+
+
+def plan_only(job: TrainJob) -> TrainPlan:
+    """What a training would do; Ray is started only to ask a cluster that is named. Writes nothing."""
+    config = job.config
+    local = config.cluster.address is None
+    executor = _start(config.model_copy(update={"cluster": _local(config)}) if local else config)
+    try:
+        pool = plan_training(executor.hardware, config)
+        check_hardware(config, pool.device)
+    finally:
+        executor.close()
+    with nothing_written():
+        steps = list_checkpoints(open_storage(job.output))
+    return TrainPlan(job, pool, steps[-1] if steps else 0)
+
+
+def run_training(job: TrainJob, events: TrainEvents) -> Trained:
+    """Train to the end and write the model. The same call goes on where a killed one stopped.
+
+    Raises `InputError` before anything is written; later `CheckError` for a loss that is not finite,
+    `StorageError`, and `IncompleteError` where workers were lost too often.
+    """
+    config = job.config
+    storage = open_storage(job.output)
+    _warn_of_classes(job, events)
+    executor = _start(config)
+    try:
+        pool = plan_training(executor.hardware, config)
+        check_hardware(config, pool.device)
+        run = _adopted(job, pool, storage, events)
+        steps = list_checkpoints(storage)
+        events.begun(steps[-1] if steps else 0, job.total_steps)
+        task = WorkerTask(config, run, job.output)
+        if config.cluster.executor == "local":
+            device = "cuda:0" if pool.device == "cuda" else "cpu"
+            run_worker(task, Comm(), device, pool.loader_threads, _teller(events))
+        else:
+            from segpipe.training.ray_workers import train_on_ray
+
+            train_on_ray(task, pool, _teller(events))
+    finally:
+        executor.close()
+    return finish(storage, config, run, job.dataset, job.total_steps)
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """The config with absolute paths: Ray's workers have another working directory."""
+    weights = config.init.weights
+    changes: dict[str, object] = {
+        "output": None if config.output is None else normalize_root(config.output),
+        "data": config.data.model_copy(update={"uri": normalize_root(config.data.uri)}),
+    }
+    if weights is not None:
+        changes["init"] = config.init.model_copy(update={"weights": normalize_root(weights)})
+    return config.model_copy(update=changes)
+
+
+def _start(config: TrainConfig) -> Executor:
+    cluster = ClusterConfig(executor=config.cluster.executor, address=config.cluster.address)
+    return start_executor(SegpipeConfig(cluster=cluster))
+
+
+def _local(config: TrainConfig) -> object:
+    return config.cluster.model_copy(update={"executor": "local"})
+
+
+def _adopted(job: TrainJob, pool: TrainPool, storage: Storage, events: TrainEvents) -> TrainRun:
+    """run.json as it is there now; a flag that contradicts its facts is refused."""
+    facts = TrainFacts(pool.threads_per_worker, pool.precision, pool.device)
+    run = TrainRun(
+        recipe=make_recipe(job.config, job.dataset, job.init_sha256),
+        facts=facts,
+        card=job.card,
+        config=job.config.model_dump(mode="json"),
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
+    )
+    with nothing_written():
+        adopted = adopt_or_create(storage, run)
+    asked = job.config.cluster.threads_per_worker
+    if asked not in ("auto", adopted.facts.threads_per_worker):
+        raise ConfigError(
+            f"threads_per_worker is {asked} here, but the training was started with "
+            f"{adopted.facts.threads_per_worker}",
+            storage.root,
+            "Leave it out to go on with the training, or choose another --output.",
+        )
+    if adopted.facts.device != facts.device:
+        events.warning(
+            f"the training was started on {adopted.facts.device} and goes on on {facts.device}: "
+            "its weights will not be the same bit for bit"
+        )
+        precision = facts.precision if job.config.train.precision == "auto" else adopted.facts.precision
+        adopted = replace(adopted, facts=replace(facts, precision=precision))
+    return adopted
+
+
+def _check_splits(config: TrainConfig, dataset: PreparedDataset) -> None:
+    for key, names in (
+        ("data.train_splits", config.data.train_splits),
+        ("validation.splits", config.validation.splits),
+    ):
+        absent = [name for name in names if name not in dataset.splits]
+        if absent:
+            raise ConfigError(
+                f"the data set has no split {absent[0]!r}",
+                key,
+                f"There are: {', '.join(dataset.splits)}."
+                + (" Without validation: validation.splits=[]." if key == "validation.splits" else ""),
+            )
+    both = sorted(set(config.data.train_splits) & set(config.validation.splits))
+    if both:
+        raise ConfigError(
+            f"the split {both[0]!r} is trained on and validated", "validation.splits", "Choose another."
+        )
+
+
+def _warn_of_classes(job: TrainJob, events: TrainEvents) -> None:
+    counts = job.dataset.split_class_px(job.config.data.train_splits)
+    absent = [info.name for info, px in zip(job.dataset.classes, counts, strict=True) if not px]
+    if len(absent) == len(counts):
+        raise InputError("no pixel of the training splits has a label", job.config.data.uri, "Check labels.")
+    if absent:
+        events.warning(f"classes that never occur in the training splits: {first_few(absent)}")
+
+
+def _teller(events: TrainEvents) -> Callable[[StepRow | ScoreRow | str], None]:
+    def tell(what: StepRow | ScoreRow | str) -> None:
+        if isinstance(what, StepRow):
+            events.step(what)
+        elif isinstance(what, ScoreRow):
+            events.score(what)
+        else:
+            events.message(what)
+
+    return tell
+
+
+def _band_names(bands: int) -> tuple[str, ...]:
+    if bands == 3:
+        return ("red", "green", "blue")
+    return tuple(f"band_{number}" for number in range(1, bands + 1))
