@@ -14,9 +14,11 @@ from segpipe.pipelines.predict import DryRun, Job, Outcome, dry_run, nothing_wri
 from segpipe.storage import read_uri
 
 
-def read_config(uri: str | None, flags: dict[str, Any], sets: list[str]) -> SegpipeConfig:
-    """Fetch the YAML from any storage and lay flags and --set over it."""
-    return load_config(read_text(uri), flags, sets, uri or "flags")
+def read_config(
+    uri: str | None, flags: dict[str, Any], sets: list[str], part: str = "predict"
+) -> SegpipeConfig:
+    """Fetch the YAML from any storage and lay flags and --set over it; ``part`` of a recipe."""
+    return load_config(read_text(uri), flags, sets, uri or "flags", part)
 
 
 def read_text(uri: str | None) -> str | None:
@@ -41,7 +43,7 @@ def run_command(
     as_json: bool = False,
 ) -> int:
     """Run predict or evaluate and return the exit code."""
-    config = read_config(config_uri, flags, sets)
+    config = read_config(config_uri, flags, sets, kind)
     need_labels = kind == "evaluate"
     if need_labels and masks is None and config.model is None:
         raise ConfigError("nothing to score", "model", "Give --model URI or --masks RUN.")

@@ -133,12 +133,14 @@ def export(
 @app.command()
 def prepare(
     layout: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="LAYOUT", help="How the data lie: archive, camvid, cityscapes, coco, folder, voc."
         ),
-    ],
-    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Root folders, or scenes.")],
+    ] = None,
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="SRC...", help="Root folders, or scenes.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="URI of the data set.")] = None,
     labels: Labels = None,
     split: Annotated[
@@ -160,7 +162,7 @@ def prepare(
 
     flags = {
         "layout": layout,
-        "sources": sources,
+        "sources": sources or None,
         "output": output,
         "labels": labels,
         "format": form,

@@ -17,6 +17,9 @@ from segpipe.errors import ConfigError
 MAX_TEXT_BYTES: Final = 1_000_000
 MAX_DEPTH: Final = 16
 
+RECIPE_PARTS: Final = ("prepare", "train", "predict", "evaluate")
+"""Commands whose configs may stand in one file, below the key ``recipe``."""
+
 _QUOTES: Final = "Correct it; text that begins with { or [ needs quotes."
 
 Tree = dict[str, Any]
@@ -24,11 +27,11 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 def load_config(
-    text: str | None, overrides: Mapping[str, Any], sets: Sequence[str], where: str
+    text: str | None, overrides: Mapping[str, Any], sets: Sequence[str], where: str, part: str = "predict"
 ) -> SegpipeConfig:
-    """The config of a run; see ``load_model_config``."""
+    """The config of a run; ``part``: predict or evaluate. See ``load_model_config``."""
     return load_model_config(
-        SegpipeConfig, text, overrides, sets, where, "See `segpipe config schema` for all keys."
+        SegpipeConfig, text, overrides, sets, where, "See `segpipe config schema` for all keys.", part
     )
 
 
@@ -39,14 +42,16 @@ def load_model_config(
     sets: Sequence[str],
     where: str,
     fix: str,
+    part: str,
 ) -> Config:
     """A ``model`` from a YAML ``text``, then ``overrides`` (dotted key -> value), then ``sets`` ("a.b=c").
 
-    An override of None is left out: the flag was not given. The value of a set is parsed as YAML. ``where``
+    A text with the one key ``recipe`` holds the configs of several commands, of which ``part`` is taken. An
+    override of None is left out: the flag was not given. The value of a set is parsed as YAML. ``where``
     names the text in messages, ``fix`` tells where the keys are described. Raises ``ConfigError`` that lists
     every fault at once: unknown keys with the nearest valid one, and values that do not fit.
     """
-    tree = _parse_mapping(text, where) if text is not None else {}
+    tree = _part_of(_parse_mapping(text, where), part, where) if text is not None else {}
     for key, value in overrides.items():
         if value is not None:
             _put(tree, key, value)
@@ -68,6 +73,23 @@ def load_model_config(
 def config_schema() -> Tree:
     """The JSON schema of the whole config."""
     return SegpipeConfig.model_json_schema()
+
+
+def _part_of(tree: Tree, part: str, where: str) -> Tree:
+    """The config of one command in a recipe; any other tree as it is."""
+    if list(tree) != ["recipe"]:
+        return tree
+    parts = tree["recipe"]
+    if not isinstance(parts, dict) or not set(parts) <= set(RECIPE_PARTS):
+        raise ConfigError(
+            f"a recipe holds the configs of {', '.join(RECIPE_PARTS)}, and nothing else",
+            where,
+            "Write `recipe: {train: {...}}`.",
+        )
+    if not isinstance(parts.get(part), dict):
+        raise ConfigError(f"the recipe has no config of {part}", where, f"Add recipe.{part}.")
+    chosen: Tree = parts[part]
+    return chosen
 
 
 def _set_value(root: type[BaseModel], key: str, value: str) -> Any:

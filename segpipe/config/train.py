@@ -52,6 +52,8 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     prefetch_batches: Annotated[int, Field(ge=1, le=64)] = 4
     """Batches that are read, decoded and augmented ahead of the step."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """Decoded samples that each worker keeps in memory, bytes: for small data sets of large images."""
 
 
 class NetworkConfig(Section):
@@ -258,4 +260,6 @@ def load_train(
 
     Raises `ConfigError` that names unknown keys and values that do not fit.
     """
-    return load_model_config(TrainConfig, text, overrides, sets, where, "See docs/train.md for all keys.")
+    return load_model_config(
+        TrainConfig, text, overrides, sets, where, "See docs/train.md for all keys.", "train"
+    )

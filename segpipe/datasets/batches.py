@@ -50,8 +50,8 @@ class TrainBatch:
 class BatchStream:
     """The batches of steps ``first_step`` to ``stop_step - 1`` for one worker, in order.
 
-    Holds the encoded samples of three windows of the order and ``prefetch_batches`` ready batches, however
-    many shards there are. A fault of a thread is raised by the iteration. Close it, or use it as a context.
+    Holds the encoded samples of three windows of the order, ``prefetch_batches`` ready batches and decoded
+    samples of at most ``cache_bytes``, however many shards there are. A fault of a thread is raised by the iteration. Close it, or use it as a context.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class BatchStream:
         self._lanes = lanes_of(rank, world, global_batch)
         self._steps = range(first_step, stop_step)
         self._cache = _GroupCache(GroupReader(dataset), self._groups, 3 * self.order.window_groups)
+        self._kept = _KeptSamples(config.cache_bytes)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="segpipe-samples")
 
     def __enter__(self) -> BatchStream:
@@ -123,12 +124,14 @@ class BatchStream:
         return (epoch + 1) * self.order.steps_per_epoch < self._steps.stop
 
     def _make(self, epoch: int, group: int, row: int, read: Future[list[EncodedSample]]) -> _Ready:
-        sample = read.result()[row]
-        where = f"{self._groups[group].shard_key}: sample {sample.sample_id}"
-        pixels, label = decode_sample(sample, self._dataset, where)
+        sample, dataset = read.result()[row], self._dataset
+        found = self._kept.get(group, row)
+        if found is None:
+            where = f"{self._groups[group].shard_key}: sample {sample.sample_id}"
+            found = decode_sample(sample, dataset, where)
+            self._kept.add(group, row, found)
         rng = rng_of(self._seed, epoch, sample.sample_id)
-        dataset = self._dataset
-        image, target = augment(pixels, label, self._config.augment, dataset.mean, dataset.std, rng)
+        image, target = augment(*found, self._config.augment, dataset.mean, dataset.std, rng)
         return sample.sample_id, image, target
 
     def _collate(self, step: int, batch: LaneBatch, ready: list[Future[_Ready]]) -> TrainBatch:
@@ -220,6 +223,25 @@ class ImageSlice:
         sample = read.result()[row]
         where = f"{group.shard_key}: sample {sample.sample_id}"
         return sample.sample_id, *decode_sample(sample, self._dataset, where)
+
+
+class _KeptSamples:
+    """Decoded samples, as many as fit; what came first stays, for every sample comes as often as another."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._bytes = most_bytes, 0
+        self._samples: dict[tuple[int, int], tuple[Array, Array]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, group: int, row: int) -> tuple[Array, Array] | None:
+        return self._samples.get((group, row))
+
+    def add(self, group: int, row: int, sample: tuple[Array, Array]) -> None:
+        size_bytes = sum(array.nbytes for array in sample)
+        with self._lock:
+            if (group, row) not in self._samples and self._bytes + size_bytes <= self._most_bytes:
+                self._samples[group, row] = sample
+                self._bytes += size_bytes
 
 
 class _GroupCache:

@@ -197,8 +197,10 @@ class Engine:
             while (job := self._next()) is not None:
                 self._take(job)
         finally:
-            self._path.close()
-            self._abandon()
+            try:
+                self._path.close()  # raises where the device is lost
+            finally:
+                self._abandon()
 
     def _next(self) -> BlockJob | None:
         """Return the next block; run the part-filled batch where none is to come. None = close."""

@@ -51,6 +51,7 @@ class TorchPath:
         self._device = torch.device(config.device)
         self._cuda = self._device.type == "cuda"
         self._forward: Forward | None = None
+        self._raw_BNHW = self._valid_B1HW = torch.empty(0)
         self._up: torch.cuda.Stream | None = None
         self._down: torch.cuda.Stream | None = None
         self._main: torch.cuda.Stream | None = None
@@ -63,6 +64,9 @@ class TorchPath:
         config = self._config
         if not self._cuda:
             torch.set_num_threads(config.threads)
+        elif config.precision == "fp32":
+            # On GPUs torch convolves float32 in TF32, of 10 bits, unless told not to, for the whole process.
+            torch.backends.cudnn.allow_tf32 = False
         bands, side = len(self._card.bands), config.tile_px
         with torch.inference_mode(), self._on(self._main):
             self._mean_N11 = torch.tensor(self._card.mean, device=self._device).float()[:, None, None]
@@ -99,6 +103,7 @@ class TorchPath:
         job.state = _BlockState(pixels, valid, full, uploaded)
 
     def _upload(self, values: Array) -> Tensor:
+        """Start a copy to the device by way of pinned memory, so that this thread waits for none of it."""
         source = torch.from_numpy(values if values.flags.writeable else values.copy())
         if not self._cuda:
             return source
@@ -143,8 +148,8 @@ class TorchPath:
     def _load(self, slot: int, tile: TileRef) -> None:
         """Copy one tile, reflected to full size, into its slot of the batch."""
         state: _BlockState = tile.job.state
-        rows = _indices(tile.row.start, tile.row.size, self._config.tile_px)
-        cols = _indices(tile.col.start, tile.col.size, self._config.tile_px)
+        rows = _indices(tile.row.start, tile.row.size, self._config.tile_px, self._device)
+        cols = _indices(tile.col.start, tile.col.size, self._config.tile_px, self._device)
         self._raw_BNHW[slot].copy_(_crop(state.pixels, rows, cols))
         if state.valid is None:
             self._valid_B1HW[slot].fill_(True)
@@ -171,9 +176,9 @@ class TorchPath:
                 continue
             assert state.sums is not None
             self._advance(state, row)
-            weight_HW = torch.from_numpy(ramp(tile.row, side)[:, None] * ramp(tile.col, side)[None])
+            weight_HW = self._upload(ramp(tile.row, side))[:, None] * self._upload(ramp(tile.col, side))
             sums = state.sums[:, row - state.top :, col:][:, : bottom - top, : right - left]
-            sums += full_BCHW[index, :, top:bottom, left:right] * weight_HW.to(self._device)
+            sums += full_BCHW[index, :, top:bottom, left:right] * weight_HW
 
     def _advance(self, state: _BlockState, top: int) -> None:
         """Write the classes of the rows above ``top``, which no later tile touches, and move the sums up."""
@@ -210,7 +215,7 @@ class TorchPath:
             pinned = torch.empty(mask_HW.shape, dtype=torch.uint8, pin_memory=True)
             pinned.copy_(mask_HW, non_blocking=True)
             mask_HW.record_stream(self._down)
-            done = _event_on(self._down)
+            done = _event_on(self._down, blocking=True)  # who waits leaves the core to others
 
         def deliver() -> Array:
             done.synchronize()
@@ -223,29 +228,35 @@ class TorchPath:
         if self._main is not None:
             self._main.synchronize()
         self._forward = None
+        self._raw_BNHW = self._valid_B1HW = torch.empty(0)
+        if self._cuda:
+            torch.cuda.empty_cache()  # other processes on this device may want it
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _event_on(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Return an event that is done when all that is queued on ``stream`` now is."""
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+def _event_on(stream: torch.cuda.Stream, *, blocking: bool = False) -> torch.cuda.Event:
+    """Return an event that is done when all that is queued on ``stream`` now is.
+
+    With ``blocking`` a thread that waits for it sleeps instead of spinning.
+    """
+    event = torch.cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 
 
-def _indices(start: int, size: int, side: int) -> slice | Tensor:
+def _indices(start: int, size: int, side: int, device: torch.device) -> slice | Tensor:
     """Return what picks a tile along one axis: a slice, or reflected places where the scene is too small."""
     if size == side:
         return slice(start, start + size)
-    places = torch.arange(side)
+    places = torch.arange(side, device=device)
     if size > 1:
         places %= 2 * (size - 1)
         places = torch.minimum(places, 2 * (size - 1) - places)
     else:
-        places = torch.zeros(side, dtype=torch.long)
+        places = torch.zeros_like(places)
     return places + start
 
 
@@ -255,7 +266,7 @@ def _crop(values: Tensor, rows: slice | Tensor, cols: slice | Tensor) -> Tensor:
         if isinstance(places, slice):
             values = values.narrow(axis, places.start, places.stop - places.start)
         else:
-            values = values.index_select(axis, places.to(values.device))
+            values = values.index_select(axis, places)
     return values
 
 

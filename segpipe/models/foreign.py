@@ -41,7 +41,7 @@ def read_state(data: bytes, where: str) -> StateFile:
     """The weights of a whole file in memory. ``where`` names it in errors.
 
     Raises:
-        InputError: no file of weights, a damaged one, one with code in it, or values that are not finite.
+        InputError: no file of weights, a damaged one, one with code in it, or tensors of no plain kind.
     """
     card = None
     if data[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{":
@@ -121,8 +121,9 @@ def _is_state(found: Any) -> bool:
 
 
 def _without_wrapper(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    bare = {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()}
-    return bare if len(bare) == len(state) else dict(state)
+    plain = {name: tensor.detach() for name, tensor in state.items()}  # some files hold parameters
+    bare = {name.removeprefix(_WRAPPER): tensor for name, tensor in plain.items()}
+    return bare if len(bare) == len(plain) else plain
 
 
 def _check_tensors(state: Mapping[str, Tensor], where: str) -> None:
@@ -132,8 +133,6 @@ def _check_tensors(state: Mapping[str, Tensor], where: str) -> None:
             raise InputError(f"{name} is {kind} tensor", where, "Save plain dense weights")
         if tensor.is_complex():
             raise InputError(f"{name} holds complex numbers", where, "Save real weights")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{name} holds values that are not finite", where, "Start from other weights")
 
 
 _MARKS: Final[tuple[tuple[Callable[[Mapping[str, Tensor]], bool], str], ...]] = (

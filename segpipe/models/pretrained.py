@@ -154,10 +154,12 @@ def _match(file: StateFile, card: ModelCard, wanted: Mapping[str, Tensor], uri: 
 
 def _unfit(file: StateFile, card: ModelCard, problems: Sequence[str], uri: str) -> InputError:
     named = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    if file.card is not None:
+    if file.card is not None and file.card.options != card.options:
         theirs, ours = file.card.options or "no options", card.options or "no options"
         what = f"the weights of {card.family} with {theirs} do not fit the network with {ours}: {named}"
         return InputError(what, uri, "Set model.options as they are in the file")
+    if file.card is not None:
+        return InputError(f"the weights cannot be used: {named}", uri, "Start from other weights")
     what = (
         f"the weights do not fit {card.family}: {named}. The file begins with {first_keys(file.state)}; "
         f"it looks like {looks_like(file.state)}"
@@ -191,6 +193,11 @@ def _fill(
             _fill_last(filling, name, value, fresh, _class_plan(value.shape[0], source, card))
         else:
             filling.values[name] = value
+    filling.problems += [
+        f"{name} holds values that are not finite"
+        for name, value in filling.values.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
     return filling
 
 

@@ -317,11 +317,13 @@ def _complete(
     size = units_per_task(num_missing, _mean_unit_px(storage, info), pool.workers)
     tasks = [task for units in missing for task in units.split(size)]
     deferred = _consume(executor.run(setup, pool, tasks), outcome, events)
-    lost = [unit for units in missing_units(storage)[0] for unit in units if unit not in deferred]
+    missing, _ = missing_units(storage)
+    lost = [unit for units in missing for unit in units if unit not in deferred]
     if lost:
         events.warning(f"{counted(len(lost), 'unit')} ended with a worker and will run again alone")
         _consume(executor.isolate(setup, pool, lost), outcome, events)
-    outcome.missing = sum(map(len, missing_units(storage)[0]))
+        missing, _ = missing_units(storage)
+    outcome.missing = sum(map(len, missing))
     outcome.summary = make_reports(storage, info, executor, events, complete=outcome.missing == 0)
     outcome.scenes = outcome.summary["scenes"]["all"]
     outcome.failed_scenes = outcome.summary["scenes"]["failed"] + outcome.summary["scenes"]["partial"]

@@ -7,11 +7,12 @@ tables as they come, so it holds a few ranges and no more, whatever the number o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -28,6 +29,8 @@ from segpipe.reports.totals import Planned
 from segpipe.storage import Storage, open_storage
 
 _UNITS_PER_RANGE: Final = 64
+_ROWS_AT_ONCE: Final = 1024
+_NO_OBJECT: Final = -1
 _SCENE_COLUMNS: Final = ("downsample", "pixel_m", "coarser_than_model")
 _INDEX_SCHEMA: Final = pa.schema(INDEX_FIELDS)
 
@@ -84,7 +87,7 @@ def _report_part(
     with tempfile.TemporaryFile() as index:
         # Closed in any case: a writer that outlives its file complains at the end of the process.
         with closing(BufferedWriter(index, _INDEX_SCHEMA)) as writer:
-            for read in executor.map_ordered(read_range, unit_ranges(storage, part, num_units)):
+            for read in gathered(executor.map_ordered(read_range, unit_ranges(storage, part, num_units))):
                 rows = read.rows
                 writer.write(rows.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA))
                 builder.add(_current(rows, replaced))
@@ -96,15 +99,25 @@ def _report_part(
 
 
 def unit_ranges(storage: Storage, part: int, num_units: int) -> Iterator[UnitRange]:
-    """Iterate over the units of a part that have an object, in plan order, some at a time."""
-    waiting: list[tuple[int, int]] = []
+    """Iterate over the units of a part that have an object, in plan order, some at a time.
+
+    The listing is over before the first is read: a store may hold all names of a folder for it.
+    """
+    sizes = _object_sizes(storage, part, num_units)
+    units = np.flatnonzero(sizes != _NO_OBJECT)
+    for start in range(0, len(units), _UNITS_PER_RANGE):
+        some = units[start : start + _UNITS_PER_RANGE]
+        yield UnitRange(storage.root, part, tuple(zip(some.tolist(), sizes[some].tolist(), strict=True)))
+
+
+def _object_sizes(storage: Storage, part: int, num_units: int) -> np.ndarray[Any, Any]:
+    """Return the bytes of each unit's object, int64 (num_units,), _NO_OBJECT where there is none."""
+    sizes = np.full(num_units, _NO_OBJECT, np.int64)
     for page in list_units(storage, part):
-        waiting += [(unit, size) for unit, size in page if unit < num_units]
-        while len(waiting) >= _UNITS_PER_RANGE:
-            yield UnitRange(storage.root, part, tuple(waiting[:_UNITS_PER_RANGE]))
-            del waiting[:_UNITS_PER_RANGE]
-    if waiting:
-        yield UnitRange(storage.root, part, tuple(waiting))
+        for unit, size in page:
+            if unit < num_units:
+                sizes[unit] = size
+    return sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +127,29 @@ class RangeRows:
     rows: Any
     num_units: int
     num_bytes: int
+
+
+def gathered(reads: Iterable[RangeRows]) -> Iterator[RangeRows]:
+    """Join neighbours of few rows, so that what is held of them costs their bytes and little more.
+
+    A table costs the driver 100 kB whatever its rows, in the objects of its columns and in the memory of Ray
+    that its buffers keep from being reused.
+    """
+    waiting: list[RangeRows] = []
+    for read in reads:
+        waiting.append(read)
+        if sum(one.rows.num_rows for one in waiting) >= _ROWS_AT_ONCE:
+            joined, waiting = _gather(waiting), []  # lets the small ones go before this one is used
+            yield joined
+    if waiting:
+        yield _gather(waiting)
+
+
+def _gather(reads: Sequence[RangeRows]) -> RangeRows:
+    if len(reads) == 1:
+        return reads[0]
+    rows = pa.concat_tables([read.rows for read in reads], promote_options="permissive").combine_chunks()
+    return RangeRows(rows, sum(read.num_units for read in reads), sum(read.num_bytes for read in reads))
 
 
 def read_range(item: UnitRange) -> RangeRows:

@@ -45,7 +45,7 @@ CONFUSION_SCHEMA: Final = pa.schema(
 _PENDING_ROWS: Final = 4096
 _MATRIX_CELLS: Final = 1 << 21  # confusion cells held at once: 16 MiB
 _GROUP_CELLS: Final = 1 << 20
-_GROUP_ROWS: Final = 16_384
+_GROUP_ROWS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,28 @@ def test_two_workers_see_what_one_sees(uri: str) -> None:
             assert torch.equal(batch.labels[list(part.lanes)], part.labels)
 
 
+@pytest.mark.parametrize("cache_bytes", [40_000, 10**9])
+def test_kept_samples_change_nothing_and_are_decoded_once(
+    uri: str, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+) -> None:
+    from segpipe.datasets import batches
+
+    plain, decoded = batches.decode_sample, list[str]()
+    config = DataConfig(uri=uri, augment=AugmentConfig(crop_px=32), cache_bytes=cache_bytes)
+
+    def counted(sample: EncodedSample, *rest: object) -> object:
+        decoded.append(sample.sample_id)
+        return plain(sample, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(batches, "decode_sample", counted)
+    places = {"seed": 11, "global_batch": 4, "rank": 0, "world": 1, "first_step": 0, "stop_step": 15}
+    with BatchStream(open_dataset(uri), config, threads=1, **places) as kept:  # type: ignore[arg-type]
+        found = list(kept)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(found, stream(uri, stop=15), strict=True))
+    again = len(decoded) - 15 * 4  # of the comparison, which keeps none
+    assert again == 18 if cache_bytes > 10**6 else 18 < again < 60
+
+
 def test_a_stream_goes_on_at_any_step(uri: str) -> None:
     whole = stream(uri, stop=12)
     later = stream(uri, first=7, stop=12)

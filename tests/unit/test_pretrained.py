@@ -254,6 +254,10 @@ class TestContainers:
             pytest.param(torch_bytes(STATE), id="zip"),
             pytest.param(torch_bytes(STATE, _use_new_zipfile_serialization=False), id="legacy"),
             pytest.param(torch_bytes({"state_dict": STATE, "epoch": 3}), id="state_dict"),
+            pytest.param(
+                torch_bytes({n: nn.Parameter(t, t.is_floating_point()) for n, t in STATE.items()}),
+                id="parameters",
+            ),
             pytest.param(torch_bytes({"model": STATE, "optimizer": {"lr": [1.0]}}), id="model"),
             pytest.param(torch_bytes({"model_state_dict": STATE}), id="model_state_dict"),
             pytest.param(torch_bytes({f"module.{n}": t for n, t in STATE.items()}), id="module"),
@@ -404,6 +408,13 @@ class TestOwnFiles:
         ours, report = started(folder, data, card)
         assert torch.equal(ours["head.weight"][0], state["head.weight"][1, [2, 0]])
         assert len(report.adapted) == 2
+
+    def test_weights_that_are_not_finite_are_refused_by_name(self, folder: Folder) -> None:
+        card = card_of("unet")
+        state = self.file_of(card)[1]
+        state["ups.0.raise_2x.bias"] = torch.full_like(state["ups.0.raise_2x.bias"], float("inf"))
+        with pytest.raises(InputError, match=r"ups\.0\.raise_2x\.bias holds values that are not finite"):
+            started(folder, _encode({n: t.clone().contiguous() for n, t in state.items()}, card), card)
 
     def test_nothing_but_fresh_rows_is_refused(self, folder: Folder) -> None:
         data, _ = self.file_of(card_of("pixel", classes=("a", "b"), width=0))
