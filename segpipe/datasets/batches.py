@@ -51,7 +51,8 @@ class BatchStream:
     """The batches of steps ``first_step`` to ``stop_step - 1`` for one worker, in order.
 
     Holds the encoded samples of three windows of the order, ``prefetch_batches`` ready batches and decoded
-    samples of at most ``cache_bytes``, however many shards there are. A fault of a thread is raised by the iteration. Close it, or use it as a context.
+    samples of at most ``cache_bytes``, however many shards there are. A fault of a thread is raised by the
+    iteration. Close it, or use it as a context.
     """
 
     def __init__(

@@ -24,16 +24,16 @@ class RunningAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._decay = decay
-        self._floats, self._others = _tensors(self.model)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights of ``model``, of the same build, after optimiser step ``step`` (from 0)."""
         floats, others = _tensors(model)
+        own_floats, own_others = _tensors(self.model)
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._floats, floats, 1.0 - decay)
+        torch._foreach_lerp_(own_floats, floats, 1.0 - decay)
         if others:
-            torch._foreach_copy_(self._others, others)
+            torch._foreach_copy_(own_others, others)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by the network's own names; not copies."""
@@ -56,7 +56,12 @@ class RunningAverage:
 
 
 def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Floating and other tensors of a network, in its own order."""
-    tensors = [*model.parameters(), *model.buffers()]
-    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    """Floating and other tensors of a network, in its own order; of sharded ones this worker's part."""
+    tensors = [_local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     return floats, [tensor for tensor in tensors if not tensor.is_floating_point()]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    to_local = getattr(tensor, "to_local", None)  # of DTensor, whose import takes long
+    return tensor if to_local is None else to_local()

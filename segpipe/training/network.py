@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -21,6 +22,10 @@ from segpipe.training.comm import Comm
 from segpipe.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+# Later versions of torch have another name, and warn of this one.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 class Network:
@@ -42,11 +47,13 @@ class Network:
             report = load_start(model, card, config.init)
             self.start_lines = report.lines()
             is_backbone = report.is_backbone
-        plain: nn.Module = model.to(device).to(memory_format=torch.channels_last)
+        self._sharded = steps.parallel == "fsdp"
+        plain: nn.Module = model.to(device)
+        if not self._sharded:  # FSDP takes contiguous parameters only
+            plain = plain.to(memory_format=torch.channels_last)
         if steps.batch_norm == "sync":
             plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)  # type: ignore[no-untyped-call]
         self.average = RunningAverage(plain, steps.ema_decay) if steps.ema_decay else None
-        self._sharded = steps.parallel == "fsdp"
         if self._sharded:
             self._shard(plain)
         self.plain = plain
@@ -122,7 +129,7 @@ class Network:
         wrapped: Any = torch.compile(plain) if self._config.train.compile else plain
         if self._comm.world > 1 and not self._sharded:
             ids = [torch.device(self.device).index or 0] if self.device.startswith("cuda") else None
-            wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+            wrapped = DistributedDataParallel(wrapped, device_ids=ids, **_OWN_BUFFERS)
         return wrapped
 
     def _shard(self, plain: nn.Module) -> None:

@@ -82,6 +82,14 @@ def test_before_the_first_step_there_is_no_state(name: str) -> None:
     assert not optimizer.state
 
 
+def test_the_state_before_the_first_step_can_be_restored_too() -> None:
+    model = network()
+    optimizer = make_optimizer(model, OPTIMIZERS["adamw"], no_backbone)
+    train(model, optimizer, range(2))
+    load_optimizer_tensors(optimizer, model, {})
+    assert optimizer_tensors(optimizer, model) == {}
+
+
 def test_state_names_are_kind_and_parameter() -> None:
     model = network()
     optimizer = make_optimizer(model, OPTIMIZERS["adamw"], no_backbone)

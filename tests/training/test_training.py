@@ -86,7 +86,7 @@ def test_a_finished_training_is_left_as_it_is(uri: str, undisturbed: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in undisturbed.glob("checkpoints/*/*")} == before
 
 
-def test_one_worker_with_eight_equals_two_with_four(uri: str, tmp_path: Path) -> None:
+def test_one_worker_with_eight_equals_two_with_four_and_two_with_shards(uri: str, tmp_path: Path) -> None:
     """Without batch statistics the number of workers changes nothing but the order of sums."""
     sets = {
         "train__global_batch": 8,
@@ -96,12 +96,13 @@ def test_one_worker_with_eight_equals_two_with_four(uri: str, tmp_path: Path) ->
         "validation__every_steps": 20,
     }
     losses = []
-    for world in (1, 2):
-        config = tiny_config(uri, tmp_path / str(world), **sets)
-        (train if world == 1 else lambda c: train_in_processes(c, 2))(config)
-        losses.append(read_steps(open_storage(str(tmp_path / str(world))))["loss"].to_numpy())
+    for name, world, parallel in (("one", 1, "ddp"), ("two", 2, "ddp"), ("sharded", 2, "fsdp")):
+        config = tiny_config(uri, tmp_path / name, train__parallel=parallel, **sets)
+        train_in_processes(config, world) if world > 1 else train(config)
+        losses.append(read_steps(open_storage(str(tmp_path / name)))["loss"].to_numpy())
     assert len(losses[0]) == 20
     assert np.abs(losses[0] - losses[1]).max() < 1e-4
+    assert np.abs(losses[0] - losses[2]).max() < 1e-4
     assert losses[0][-1] < losses[0][0]
 
 
