@@ -54,7 +54,12 @@ def dataset_tree(
         "class_px": total.class_px,
         "absent_classes": [info.name for info, px in zip(classes, total.class_px, strict=False) if not px],
         "splits": {
-            name: {"samples": sums.samples, "ignore_px": sums.ignore_px, "class_px": sums.class_px}
+            name: {
+                "samples": sums.samples,
+                "ignore_px": sums.ignore_px,
+                "class_px": sums.class_px,
+                "present_px": sums.present_px,
+            }
             for name, sums in splits.items()
         },
         "shards": [

@@ -52,6 +52,8 @@ class PreparedDataset:
     shards: tuple[ShardRef, ...]
     class_px: dict[str, tuple[int, ...]]
     """Pixels of each class, by split."""
+    present_px: dict[str, tuple[int, ...]]
+    """Of each class the labelled pixels of all samples that hold it, by split."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -72,7 +74,14 @@ class PreparedDataset:
 
     def split_class_px(self, splits: Sequence[str]) -> tuple[int, ...]:
         """Pixels of each class in some splits together."""
-        rows = [self.class_px[name] for name in splits if name in self.class_px]
+        return self._together(self.class_px, splits)
+
+    def split_present_px(self, splits: Sequence[str]) -> tuple[int, ...]:
+        """Of each class the labelled pixels of all samples in some splits that hold it."""
+        return self._together(self.present_px, splits)
+
+    def _together(self, counts: dict[str, tuple[int, ...]], splits: Sequence[str]) -> tuple[int, ...]:
+        rows = [counts[name] for name in splits if name in counts]
         return tuple(map(sum, zip(*rows, strict=True))) if rows else (0,) * len(self.classes)
 
 
@@ -111,7 +120,10 @@ def _from_tree(uri: str, tree: dict[str, Any]) -> PreparedDataset:
         pixel_m=tree.get("pixel_m"),
         licence=tree.get("licence"),
         shards=tuple(ShardRef(item["key"], item["split"], item["samples"]) for item in tree["shards"]),
-        class_px={
-            name: tuple(item["class_px"]) or (0,) * len(classes) for name, item in tree["splits"].items()
-        },
+        class_px=_by_split(tree, "class_px", len(classes)),
+        present_px=_by_split(tree, "present_px", len(classes)),
     )
+
+
+def _by_split(tree: dict[str, Any], name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+    return {split: tuple(item[name]) or (0,) * num_classes for split, item in tree["splits"].items()}

@@ -36,6 +36,8 @@ class Sums:
     pixel_m_max: float | None = None
     pixel_m_unknown: int = 0
     """Samples whose ground pixel size is not known."""
+    present_px: list[int] = field(default_factory=list)
+    """Of each class the labelled pixels of all samples that hold it."""
 
     def add(self, sample: Sample, num_classes: int) -> None:
         """Count one sample."""
@@ -45,18 +47,21 @@ class Sums:
             pixels = pixels[:, sample.valid.ravel()]
         totals, squares = _moments(pixels)
         pixel_m = pixel_size_m(sample.crs, sample.transform, *sample.label.shape)
+        class_px = [int(count) for count in counts[:num_classes]]
+        labelled_px = sum(class_px)
         self.merge(
             Sums(
                 1,
                 0,
                 pixels.shape[1],
                 int(counts[IGNORE]),
-                [int(count) for count in counts[:num_classes]],
+                class_px,
                 totals,
                 squares,
                 pixel_m,
                 pixel_m,
                 int(pixel_m is None),
+                [labelled_px if px else 0 for px in class_px],
             )
         )
 
@@ -72,6 +77,7 @@ class Sums:
         self.pixel_m_min = _extreme(min, self.pixel_m_min, other.pixel_m_min)
         self.pixel_m_max = _extreme(max, self.pixel_m_max, other.pixel_m_max)
         self.pixel_m_unknown += other.pixel_m_unknown
+        self.present_px = _added(self.present_px, other.present_px)
 
     def common_pixel_m(self) -> float | None:
         """Ground pixel size of all samples, metres; None where they differ by over 10 % or one is unknown."""

@@ -46,8 +46,12 @@ class Stepper:
         self._total_steps = total_steps
         self._device = torch.device(network.device)
         self._dtype = DTYPES[precision]
-        scaled = precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self._device.type) if scaled else None
+        self.scaler = torch.amp.GradScaler(self._device.type) if precision == "fp16" else None
+
+    def restore_scale(self, scale: float) -> None:
+        """Go on with a loss scale of fp16."""
+        if self.scaler is not None:
+            self.scaler = torch.amp.GradScaler(self._device.type, init_scale=scale)
 
     def run(self, batch: TrainBatch) -> StepOutcome:
         """One step: forward, backward, optimiser, running average."""

@@ -95,7 +95,10 @@ class _Training:
         self._total = total_steps(config, self._dataset)
         self._network = Network(config, card, comm, device)
         lines = self._network.start_lines
-        loss = make_loss(config.train.loss, self._dataset.split_class_px(config.data.train_splits))
+        splits = config.data.train_splits
+        loss = make_loss(
+            config.train.loss, self._dataset.split_class_px(splits), self._dataset.split_present_px(splits)
+        )
         self._stepper = Stepper(config, self._network, loss, comm, self._total, run.facts.precision)
         self._progress = Progress(step=0, recipe_key=run.key, start_lines=lines)
         self._history = History(self._storage, [info.name for info in card.classes])
@@ -144,8 +147,8 @@ class _Training:
         checkpoint = read_checkpoint(self._storage, steps[-1], self._run.key)
         self._network.load(checkpoint, self._storage.uri(checkpoint_key(steps[-1])))
         self._progress = checkpoint.progress
-        if self._stepper.scaler is not None and self._progress.scaler is not None:
-            self._stepper.scaler.update(self._progress.scaler)
+        if self._progress.scaler is not None:
+            self._stepper.restore_scale(self._progress.scaler)
         if self._progress.step < self._total and not self._progress.stopped:
             self._tell(f"goes on after step {self._progress.step} of {self._total}")
 

@@ -55,11 +55,13 @@ def test_every_number_format_learns(uri: str, tmp_path: Path, precision: str) ->
 
 
 def test_a_gpu_learns_what_a_cpu_learns(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     losses, cpus = [], Hardware(nodes=1, cpus=2, gpus=0)
     for name in ("gpu", "cpu"):
         if name == "cpu":
             monkeypatch.setattr("segpipe.pipelines.local.this_machine", lambda: cpus)
-        train(tiny_config(uri, tmp_path / name, train__precision="fp32", train__batch_norm="frozen"))
+        sets = {"train__precision": "fp32", "train__batch_norm": "frozen", "train__lr": 1e-3}
+        train(tiny_config(uri, tmp_path / name, **sets))
         losses.append(read_steps(open_storage(str(tmp_path / name)))["loss"].to_numpy())
     assert np.abs(losses[0] - losses[1]).max() < 2e-2
 
