@@ -76,9 +76,10 @@ class PreparedDataset:
         """Pixels of each class in some splits together."""
         return self._together(self.class_px, splits)
 
-    def split_present_px(self, splits: Sequence[str]) -> tuple[int, ...]:
-        """Of each class the labelled pixels of all samples in some splits that hold it."""
-        return self._together(self.present_px, splits)
+    def split_present_px(self, splits: Sequence[str]) -> tuple[int, ...] | None:
+        """Of each class the labelled pixels of all samples in some splits that hold it; None = not known."""
+        counts = self._together(self.present_px, splits)
+        return counts if any(counts) else None
 
     def _together(self, counts: dict[str, tuple[int, ...]], splits: Sequence[str]) -> tuple[int, ...]:
         rows = [counts[name] for name in splits if name in counts]
@@ -126,4 +127,4 @@ def _from_tree(uri: str, tree: dict[str, Any]) -> PreparedDataset:
 
 
 def _by_split(tree: dict[str, Any], name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
-    return {split: tuple(item[name]) or (0,) * num_classes for split, item in tree["splits"].items()}
+    return {split: tuple(item.get(name, ())) or (0,) * num_classes for split, item in tree["splits"].items()}

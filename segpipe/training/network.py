@@ -46,6 +46,8 @@ class Network:
 
             report = load_start(model, card, config.init)
             self.start_lines = report.lines()
+            if report.kind.startswith("torchvision") and config.model.normalise == "dataset":
+                self.start_lines.append("these weights expect model.normalise: imagenet (8-bit RGB)")
             is_backbone = report.is_backbone
         self._sharded = steps.parallel == "fsdp"
         plain: nn.Module = model.to(device)

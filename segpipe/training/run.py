@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -20,13 +19,14 @@ from segpipe.errors import ConfigError, InputError
 from segpipe.models.families import build
 from segpipe.pipelines.local import Executor
 from segpipe.pipelines.predict import nothing_written, start_executor
-from segpipe.storage import Storage, open_storage, read_uri
+from segpipe.storage import Storage, open_storage
 from segpipe.storage.uris import normalize_root
 from segpipe.training.checkpoint import list_checkpoints
 from segpipe.training.comm import Comm
 from segpipe.training.events import TrainEvents
 from segpipe.training.finish import Trained, finish
 from segpipe.training.history import ScoreRow, StepRow
+from segpipe.training.model_card import without_credentials
 from segpipe.training.network import check_hardware
 from segpipe.training.resources import TrainPool, plan_training
 from segpipe.training.run_file import TrainFacts, TrainRun, adopt_or_create, make_recipe
@@ -75,15 +75,21 @@ def prepare_job(config: TrainConfig) -> TrainJob:
     config = _absolute(config)
     with nothing_written():
         dataset = open_dataset(config.data.uri)
-        digest = None
-        if config.init.weights is not None:
-            digest = hashlib.sha256(read_uri(config.init.weights)).hexdigest()
-    _check_splits(config, dataset)
-    check_tracking(config.tracking)
-    card = make_card(config, dataset)
-    with torch.device("meta"):
-        build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
-    return TrainJob(config, dataset, card, digest)
+        _check_splits(config, dataset)
+        check_tracking(config.tracking)
+        card = make_card(config, dataset)
+        return TrainJob(config, dataset, card, _try_network(config, card))
+
+
+def _try_network(config: TrainConfig, card: ModelCard) -> str | None:
+    """Build and start the network once, so that what is wrong shows now; the digest of its weights file."""
+    with torch.device("cpu" if config.init.weights is not None else "meta"):
+        model = build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+    if config.init.weights is None:
+        return None
+    from segpipe.models.pretrained import load_start
+
+    return load_start(model, card, config.init).sha256
 
 
 def make_card(config: TrainConfig, dataset: PreparedDataset) -> ModelCard:
@@ -198,7 +204,7 @@ def _adopted(job: TrainJob, pool: TrainPool, storage: Storage, events: TrainEven
         recipe=make_recipe(job.config, job.dataset, job.init_sha256),
         facts=facts,
         card=job.card,
-        config=job.config.model_dump(mode="json"),
+        config=_shown(job.config),
         versions={name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
     )
@@ -220,6 +226,14 @@ def _adopted(job: TrainJob, pool: TrainPool, storage: Storage, events: TrainEven
         precision = facts.precision if job.config.train.precision == "auto" else adopted.facts.precision
         adopted = replace(adopted, facts=replace(facts, precision=precision))
     return adopted
+
+
+def _shown(config: TrainConfig) -> dict[str, Any]:
+    """The config as run.json and the model card tell it: a tracking URI may carry a password."""
+    tree = config.model_dump(mode="json")
+    if config.tracking.mlflow is not None:
+        tree["tracking"]["mlflow"] = without_credentials(config.tracking.mlflow)
+    return tree
 
 
 def _check_splits(config: TrainConfig, dataset: PreparedDataset) -> None:

@@ -248,6 +248,7 @@ def test_a_training_that_is_not_at_its_end_is_not_finished(uri: str, tmp_path: P
         ({"train__parallel": "fsdp"}, "fsdp needs GPUs"),
         ({"train__precision": "fp16"}, "fp16 needs GPUs"),
         ({"init__weights": "/nowhere/weights.pth"}, "no such"),
+        ({"init__weights": __file__}, "not a safetensors file"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
