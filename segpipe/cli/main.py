@@ -208,13 +208,15 @@ def demo(
 
 
 @config_app.command("schema")
-def config_schema() -> None:
-    """Print the JSON schema of the YAML config."""
+def config_schema(
+    of: Annotated[str, typer.Option("--of", help="predict (and evaluate), prepare or train.")] = "predict",
+) -> None:
+    """Print the JSON schema of a command's YAML config."""
     import json
 
-    from segpipe.config.load import config_schema as schema
+    from segpipe.config.schema import config_schema as schema
 
-    print(json.dumps(schema(), indent=2))
+    print(json.dumps(schema(of), indent=2))
 
 
 @app.callback(invoke_without_command=True)

@@ -70,11 +70,6 @@ def load_model_config(
         raise ConfigError("; ".join(lines), where, fix) from None
 
 
-def config_schema() -> Tree:
-    """The JSON schema of the whole config."""
-    return SegpipeConfig.model_json_schema()
-
-
 def _part_of(tree: Tree, part: str, where: str) -> Tree:
     """The config of one command in a recipe; any other tree as it is."""
     if list(tree) != ["recipe"]:

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segpipe.config.card import ClassInfo, ModelCard
-from segpipe.config.load import MAX_TEXT_BYTES, config_schema, load_config
+from segpipe.config.load import MAX_TEXT_BYTES, load_config
 from segpipe.config.model import SegpipeConfig, as_tree
 from segpipe.config.recipe import differences, masks_recipe, recipe, recipe_key
+from segpipe.config.schema import CONFIGS, config_schema
 from segpipe.errors import ConfigError
 
 
@@ -160,7 +161,7 @@ def test_a_config_survives_being_written_and_read() -> None:
 
 
 def test_the_schema_accepts_the_defaults_and_refuses_unknown_keys() -> None:
-    schema = config_schema()
+    schema = config_schema("predict")
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(as_tree(SegpipeConfig()), schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -260,3 +261,24 @@ def test_differences_show_classes_and_keys_that_one_side_lacks() -> None:
         "classes[1].name: roof here, road there",
         "inference.blend: crop here, nothing there",
     ]
+
+
+RECIPE = "recipe: {predict: {model: a}, evaluate: {model: b}, train: {data: {uri: c}, train: {steps: 1}}}"
+
+
+def test_a_recipe_holds_a_config_for_each_command() -> None:
+    assert load_config(RECIPE, {}, (), "r.yaml").model == "a"
+    assert load_config(RECIPE, {"output": "o"}, ["model=z"], "r.yaml", "evaluate").model == "z"
+    with pytest.raises(ConfigError, match=r"the recipe has no config of prepare\. Add recipe\.prepare"):
+        load_config(RECIPE, {}, (), "r.yaml", "prepare")
+    with pytest.raises(ConfigError, match="a recipe holds the configs of prepare, train, predict, evaluate"):
+        load_config("recipe: {predict: {}, trian: {}}", {}, (), "r.yaml")
+    with pytest.raises(ConfigError, match="unknown key recipe"):
+        load_config("recipe: {predict: {}}\nmodel: a", {}, (), "r.yaml")
+
+
+def test_every_config_has_a_schema() -> None:
+    for command in CONFIGS:
+        jsonschema.Draft202012Validator.check_schema(config_schema(command))
+    with pytest.raises(ConfigError, match="no config of 'export'"):
+        config_schema("export")
