@@ -140,8 +140,9 @@ class LocalStorage:
         try:
             with _explained(path), os.scandir(path) as entries:
                 found = os.stat(path)
+                # As bytes, which sort as keys do and take half the memory of names with sort keys beside them.
                 names = [
-                    (entry.name + "/" if entry.is_dir() else entry.name)
+                    os.fsencode(entry.name + "/" if entry.is_dir() else entry.name)
                     for entry in entries
                     if entry.name.startswith(start) and entry.name != TEMP_FOLDER
                 ]
@@ -150,7 +151,8 @@ class LocalStorage:
         here = (found.st_dev, found.st_ino)
         if here in above:
             return
-        for name in sorted(names, key=os.fsencode):
+        names.sort()
+        for name in map(os.fsdecode, names):
             key = f"{folder}/{name}" if folder else name
             if name.endswith("/"):
                 yield from self._walk(key[:-1], "", (*above, here))
