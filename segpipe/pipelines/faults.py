@@ -19,5 +19,5 @@ def decode_fault(text: str) -> Exception:
     fault = json.loads(text)
     kind = getattr(errors, fault["class"], None) if fault["class"] else None
     if kind is None:
-        return RuntimeError(f"a worker cannot start: {fault['args'][0]}")
+        return RuntimeError(f"a worker failed: {fault['args'][0]}")
     return kind(*fault["args"])

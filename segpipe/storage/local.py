@@ -140,7 +140,7 @@ class LocalStorage:
         try:
             with _explained(path), os.scandir(path) as entries:
                 found = os.stat(path)
-                # As bytes, which sort as keys do and take half the memory of names with sort keys beside them.
+                # As bytes, which sort as keys do and take half the memory of names with keys beside them.
                 names = [
                     os.fsencode(entry.name + "/" if entry.is_dir() else entry.name)
                     for entry in entries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Stepper:
         factor = rate(batch.step, self._total_steps, config)
         set_rate(self._network.optimizer, factor)
         self._network.optimizer.zero_grad(set_to_none=True)
+        batch = self._filled(batch)
         valid_px, images = self._count(batch)
         values, names = self._backward(batch, valid_px, images)
         grad_norm = self._apply()
@@ -74,6 +75,17 @@ class Stepper:
             lr=config.lr * factor,
             sample_ids=batch.sample_ids,
         )
+
+    def _filled(self, batch: TrainBatch) -> TrainBatch:
+        """The batch with as many lanes as the largest share has: workers must agree on forward passes."""
+        lacking = -(-self._config.global_batch // self._comm.world) - len(batch.real)
+        if lacking <= 0:
+            return batch
+        first = torch.zeros(lacking, dtype=torch.long)
+        places = torch.cat((torch.arange(len(batch.real)), first))
+        labels, real = batch.labels[places], batch.real[places]
+        labels[-lacking:], real[-lacking:] = IGNORE, False
+        return replace(batch, images=batch.images[places], labels=labels, real=real)
 
     def _count(self, batch: TrainBatch) -> tuple[float, float]:
         """Valid pixels, and images that have any, of the whole step. On the CPU: no GPU is waited for."""

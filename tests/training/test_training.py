@@ -115,6 +115,22 @@ def test_accumulated_micro_batches_equal_one_batch(uri: str, tmp_path: Path) -> 
     assert np.abs(losses[0] - losses[1]).max() < 1e-4
 
 
+def test_shares_of_other_sizes_and_micro_batches_make_the_same_steps(uri: str, tmp_path: Path) -> None:
+    """Five samples over two workers are three and two; micro-batches of one are three on both."""
+    sets = {
+        "train__global_batch": 5,
+        "train__batch_norm": "frozen",
+        "train__steps": 6,
+        "train__micro_batch": 1,
+    }
+    config = tiny_config(uri, tmp_path / "two", train__loss={"cross_entropy": 1, "lovasz": 1}, **sets)
+    train_in_processes(config, 2)
+    alone = tiny_config(uri, tmp_path / "one", train__loss={"cross_entropy": 1, "lovasz": 1}, **sets)
+    train(alone)
+    two, one = (read_steps(open_storage(str(tmp_path / name)))["loss"].to_numpy() for name in ("two", "one"))
+    assert np.abs(two - one).max() < 1e-4
+
+
 class OneOf(Comm):
     """A worker of several whose sums are added up by the test."""
 
