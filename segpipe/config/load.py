@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -105,7 +106,16 @@ def _takes_text(root: type[BaseModel], dotted: str) -> bool:
     for part in sections:
         model = _section(model, part) if model is not None and part in model.model_fields else None
     field = model.model_fields.get(name) if model is not None else None
-    return field is not None and field.annotation in (str, str | None)
+    return field is not None and _plain_types(field.annotation) <= {str, NoneType} != {NoneType}
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    """The types of a union, without what is annotated to them."""
+    if get_origin(annotation) is Annotated:
+        return _plain_types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_plain_types, get_args(annotation)))
+    return {annotation}
 
 
 def _parse_mapping(text: str, where: str) -> Tree:

@@ -134,7 +134,7 @@ class StepsConfig(Section):
     """train: statistics of each worker's batch; sync: of all workers' (GPUs); frozen: those of the start."""
     loss: LossConfig = LossConfig()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast; auto: bf16 on GPUs that compute in it, else fp32."""
+    """Autocast; auto: fp32 on CPUs, bf16 on GPUs that compute in it, else fp16."""
     compile: bool = False
     """Use torch.compile: slower start, faster steps on GPUs."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

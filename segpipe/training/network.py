@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -155,9 +156,13 @@ class Network:
 
 def check_hardware(config: TrainConfig, device: str) -> None:
     """Refuse what this device cannot do. Raises `ConfigError`."""
-    if device.startswith("cuda"):
-        return
     steps = config.train
+    if device.startswith("cuda"):
+        if steps.parallel == "fsdp" and config.cluster.executor == "local" and not dist.is_initialized():
+            raise ConfigError(
+                "fsdp shards over workers, and executor local has one", "train.parallel", "Use ddp, or ray."
+            )
+        return
     for value, wrong, key, fix in (
         (steps.batch_norm, "sync", "train.batch_norm", "Use train, or frozen."),
         (steps.parallel, "fsdp", "train.parallel", "Use ddp."),

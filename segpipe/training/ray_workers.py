@@ -6,13 +6,19 @@ the driver of steps and faults through a small actor, the board.
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from typing import Any, Final
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
 
 from segpipe.errors import IncompleteError
 from segpipe.pipelines.faults import decode_fault, encode_fault
@@ -24,6 +30,8 @@ from segpipe.training.worker import Tell, WorkerTask, run_worker
 
 _POLL_S: Final = 0.5
 _COLLECTIVE_TIMEOUT_S: Final = 1800
+_LOOPBACK: Final = "127.0.0.1"
+_LOOPBACK_INTERFACE: Final = "lo" if sys.platform == "linux" else "lo0"
 
 
 class Board:
@@ -50,6 +58,7 @@ def train_on_ray(task: WorkerTask, pool: TrainPool, tell: Tell) -> None:
 
     Raises what a worker raised, or `IncompleteError` where workers were lost more often than is allowed.
     """
+    _configure_train(_is_local(task))
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     with tempfile.TemporaryDirectory(prefix="segpipe-train-", ignore_cleanup_errors=True) as folder:
         ended: list[BaseException | None] = []
@@ -58,23 +67,52 @@ def train_on_ray(task: WorkerTask, pool: TrainPool, tell: Tell) -> None:
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
-            _read_board(board, tell)
-        _read_board(board, tell)
+            _read_board(board, tell, task.output)
+        _read_board(board, tell, task.output)
     error = ended[0] if ended else None
     if error is not None:
         raise IncompleteError(
-            f"the workers were lost ({first_line(error)})",
+            f"the workers were lost ({_reason(error)})",
             task.output,
             "The same command goes on from the newest checkpoint.",
         ) from error
 
 
-def _read_board(board: Any, tell: Tell) -> None:
+def _is_local(task: WorkerTask) -> bool:
+    """Whether Ray was started in-process: all workers are on this machine."""
+    return not (task.config.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def _configure_train(local: bool) -> None:
+    """Ray Train reads these in the driver, and hands most of them on."""
+    # Nobody collects its figures; without this it looks for a collector.
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    if local:  # a machine that is taken away takes the driver with it: no process has to watch for that
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
+def _reason(error: BaseException) -> str:
+    """One line that names what ended the workers; a worker that only met the loss of another says less."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [each.cause if isinstance(each, RayTaskError) else each for each in failures.values()]
+    causes = [each for each in causes if not _is_echo(each)] or causes
+    if not causes:
+        return first_line(getattr(error, "controller_failure", error))
+    name = "" if isinstance(causes[0], RayError) else f"{type(causes[0]).__name__}: "
+    return name + first_line(causes[0])
+
+
+def _is_echo(error: BaseException) -> bool:
+    text = str(error)
+    return "Connection closed by peer" in text or "Connection reset by peer" in text
+
+
+def _read_board(board: Any, tell: Tell, where: str) -> None:
     try:
         told, fault = ray.get(board.take.remote(), timeout=60)
     except RayError as error:
         raise IncompleteError(
-            f"Ray stopped the training ({first_line(error)})", "", "The same command goes on."
+            f"Ray stopped the training ({first_line(error)})", where, "The same command goes on."
         ) from error
     for what in told:
         tell(what)
@@ -94,9 +132,10 @@ def _fit(
 
 def _trainer(task: WorkerTask, pool: TrainPool, board: Any, folder: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     on_gpu = pool.device == "cuda"
+    config = LoopbackConfig if _is_local(task) else TorchConfig
     return TorchTrainer(
         _worker_main,
         train_loop_config={"task": task, "pool": pool, "board": board},
@@ -106,7 +145,7 @@ def _trainer(task: WorkerTask, pool: TrainPool, board: Any, folder: str) -> Any:
             resources_per_worker={"CPU": pool.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
         ),
         # gloo beside nccl: small counts are exchanged without waiting for the GPU.
-        torch_config=TorchConfig(
+        torch_config=config(
             backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
         ),
         run_config=RunConfig(
@@ -115,6 +154,65 @@ def _trainer(task: WorkerTask, pool: TrainPool, board: Any, folder: str) -> Any:
             failure_config=FailureConfig(max_failures=task.config.cluster.max_failures),
         ),
     )
+
+
+class LoopbackConfig(TorchConfig):
+    """For workers that are all on this machine: they meet, and gloo listens, on loopback only.
+
+    Ray Train's own way opens a port on all interfaces that asks nobody who he is.
+    """
+
+    @property
+    def backend_cls(self) -> type[LoopbackBackend]:
+        return LoopbackBackend
+
+
+class LoopbackBackend(Backend):
+    """Connects the workers; Ray Train's callbacks call this in the controller."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        from ray.train.torch.config import _set_torch_distributed_env_vars
+
+        worker_group.execute(_set_torch_distributed_env_vars)
+        port, world = worker_group.execute_single(0, _listen), len(worker_group)
+        backend, timeout_s = backend_config.backend, backend_config.timeout_s
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _meet, backend, rank, world, port, timeout_s)
+                for rank in range(world)
+            ]
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        from ray.train.torch.config import _TorchBackend
+
+        _TorchBackend().on_shutdown(worker_group, backend_config)
+
+
+_listening: list[socket.socket] = []
+"""Worker 0's end between `_listen` and `_meet`."""
+
+
+def _listen() -> int:
+    """Open worker 0's port, on loopback."""
+    end = socket.create_server((_LOOPBACK, 0))
+    _listening.append(end)
+    return int(end.getsockname()[1])
+
+
+def _meet(backend: str, rank: int, world: int, port: int, timeout_s: int) -> None:
+    """Join the group of all workers, as worker ``rank``."""
+    import torch.distributed as dist
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+    timeout = timedelta(seconds=timeout_s)
+    handle = _listening.pop().detach() if rank == 0 else None
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        _LOOPBACK, port, world, is_master=rank == 0, timeout=timeout, master_listen_fd=handle
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _worker_main(config: dict[str, Any]) -> None:

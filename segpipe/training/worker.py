@@ -210,7 +210,8 @@ class _Training:
             f"the loss of step {outcome.step} is {loss}; its samples: {', '.join(ids[:_NAMED_IDS])}{more}; "
             f"newest checkpoint: {newest}",
             self._storage.root,
-            "Look at these samples; a lower train.lr, a train.clip_norm or precision fp32 often helps.",
+            "Look at these samples; a lower train.lr, a train.clip_norm or precision fp32 often helps (with "
+            "another --output).",
         )
 
     def _pause(self, step: int) -> None:

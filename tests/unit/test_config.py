@@ -16,6 +16,7 @@ from segpipe.config.load import MAX_TEXT_BYTES, load_config
 from segpipe.config.model import SegpipeConfig, as_tree
 from segpipe.config.recipe import differences, masks_recipe, recipe, recipe_key
 from segpipe.config.schema import CONFIGS, config_schema
+from segpipe.config.train import load_train
 from segpipe.errors import ConfigError
 
 
@@ -282,3 +283,11 @@ def test_every_config_has_a_schema() -> None:
         jsonschema.Draft202012Validator.check_schema(config_schema(command))
     with pytest.raises(ConfigError, match="no config of 'export'"):
         config_schema("export")
+
+
+def test_text_of_digits_is_text_where_text_is_asked_for() -> None:
+    text = "data: {uri: a}\ntrain: {steps: 1}"
+    sets = ["init.sha256=12345678", "data.uri=42", "output=7"]
+    config = load_train(text, {}, sets, "t.yaml")
+    assert (config.init.sha256, config.data.uri, config.output) == ("12345678", "42", "7")
+    assert load_train(text, {}, ["init.sha256=null"], "t.yaml").init.sha256 is None
