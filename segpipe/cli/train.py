@@ -46,7 +46,8 @@ class TrainProgress(TrainEvents):
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
-        self._first_step = self._total = 0
+        self._total = 0
+        self._timed_from: int | None = None
         self._started_s = self._line_s = 0.0
 
     def __enter__(self) -> TrainProgress:
@@ -66,15 +67,16 @@ class TrainProgress(TrainEvents):
         self._print(f"warning: {text}")
 
     def begun(self, first_step: int, total_steps: int) -> None:
-        self._first_step, self._total = first_step, total_steps
-        self._started_s = self._line_s = time.monotonic()
+        self._total, self._line_s = total_steps, time.monotonic()
         if first_step >= total_steps:
             self._print("all steps are done already; nothing to train")
         elif sys.stderr.isatty():
-            self._open_bar()
+            self._open_bar(first_step)
 
     def step(self, row: StepRow) -> None:
-        self._first_step = min(self._first_step, row.step - 1)
+        if self._timed_from is None or row.step < self._timed_from:
+            # From the first step that is told of: the start-up before it says nothing of what is left.
+            self._timed_from, self._started_s = row.step, time.monotonic()
         text = f"loss {row.loss:.4f}  {row.samples_per_s:.1f} samples/s  lr {row.lr:.2g}{self._eta(row.step)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=row.step, rates=text)
@@ -90,13 +92,13 @@ class TrainProgress(TrainEvents):
         self._print(f"validation at step {row.step} (epoch {row.epoch:.2f}): {shown}{more}{best}")
 
     def _eta(self, step: int) -> str:
-        done = step - self._first_step
+        done = step - (self._timed_from or step)
         if done <= 0 or step >= self._total:
             return ""
         left_s = (time.monotonic() - self._started_s) / done * (self._total - step)
         return f"  ETA {format_duration(left_s)}"
 
-    def _open_bar(self) -> None:
+    def _open_bar(self, first_step: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -107,7 +109,7 @@ class TrainProgress(TrainEvents):
             TextColumn("{task.fields[rates]}"),
             console=Console(stderr=True),
         )
-        self._task = self._bar.add_task("steps", total=self._total, completed=self._first_step, rates="")
+        self._task = self._bar.add_task("steps", total=self._total, completed=first_step, rates="")
         self._bar.start()
 
     def _print(self, text: str) -> None:

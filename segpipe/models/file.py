@@ -27,7 +27,15 @@ from segpipe.models.header import (
 )
 from segpipe.storage import read_uri
 
-__all__ = ["load_model", "load_model_bytes", "model_sha256", "read_card", "read_card_bytes", "save_model"]
+__all__ = [
+    "empty_model",
+    "load_model",
+    "load_model_bytes",
+    "model_sha256",
+    "read_card",
+    "read_card_bytes",
+    "save_model",
+]
 
 
 def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> None:
@@ -37,7 +45,7 @@ def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> None:
         InputError: the weights are not those of the card's family, bands and classes.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _check_weights(_empty(card, str(path)), weights, str(path))
+    _check_weights(empty_model(card, str(path)), weights, str(path))
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -66,7 +74,7 @@ def load_model_bytes(data: bytes, where: str = "model file") -> tuple[nn.Module,
         raise InputError(
             f"the model file is damaged: {error}", where, "Fetch or write the file again"
         ) from error
-    model = _empty(card, where)
+    model = empty_model(card, where)
     _check_weights(model, weights, where)
     # Copied: the tensors that were read may be views of the file's bytes.
     wanted = model.state_dict()
@@ -75,8 +83,11 @@ def load_model_bytes(data: bytes, where: str = "model file") -> tuple[nn.Module,
     return model.eval(), card
 
 
-def _empty(card: ModelCard, where: str) -> nn.Module:
-    """The card's network without storage for weights: quick, and no random number is drawn."""
+def empty_model(card: ModelCard, where: str) -> nn.Module:
+    """The card's network without storage for weights: quick, and no random number is drawn.
+
+    Raises `InputError` for a card whose network cannot be built.
+    """
     try:
         with torch.device("meta"), _NoStart():
             return build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)

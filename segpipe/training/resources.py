@@ -10,6 +10,8 @@ from segpipe.errors import ConfigError
 from segpipe.pipelines.resources import Hardware
 
 _MOST_LOADER_THREADS: Final = 8
+_CPUS_OF_ONE_IN_A_RANGE: Final = 0.9
+"""Reserved by each worker of a range on CPUs: as many find room as there are CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ def plan_training(hardware: Hardware, config: TrainConfig) -> TrainPool:
     node_cpus = hardware.cpus_per_node or hardware.cpus
     share = max(1, node_cpus // -(-most // max(1, hardware.nodes)))
     reserved = max(0.1, min((hardware.cpus - 0.5) / most, share))
+    if least < most and not hardware.gpus:
+        reserved = _CPUS_OF_ONE_IN_A_RANGE
     threads, loaders = cluster.threads_per_worker, cluster.loader_threads
     precision: str = config.train.precision
     if precision == "auto":

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import torch
-
 from segpipe.config.card import ModelCard
 from segpipe.config.model import ClusterConfig, SegpipeConfig
 from segpipe.config.train import TrainConfig
@@ -17,6 +15,7 @@ from segpipe.datasets.layout import first_few
 from segpipe.datasets.prepared import PreparedDataset, open_dataset
 from segpipe.errors import ConfigError, InputError
 from segpipe.models.families import build
+from segpipe.models.file import empty_model
 from segpipe.pipelines.local import Executor
 from segpipe.pipelines.predict import nothing_written, start_executor
 from segpipe.storage import Storage, open_storage
@@ -83,12 +82,12 @@ def prepare_job(config: TrainConfig) -> TrainJob:
 
 def _try_network(config: TrainConfig, card: ModelCard) -> str | None:
     """Build and start the network once, so that what is wrong shows now; the digest of its weights file."""
-    with torch.device("cpu" if config.init.weights is not None else "meta"):
-        model = build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+    empty_model(card, "model")
     if config.init.weights is None:
         return None
     from segpipe.models.pretrained import load_start
 
+    model = build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
     return load_start(model, card, config.init).sha256
 
 

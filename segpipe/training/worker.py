@@ -138,14 +138,17 @@ class _Training:
         self._trackers.close(self._storage, {})
 
     def _resume(self) -> None:
-        """Take the newest checkpoint that is there; all workers see the same, for none is written yet."""
+        """Take the newest checkpoint that is there; worker 0 chooses, for another driver may write too."""
         steps = list_checkpoints(self._storage)
-        if not steps:
+        chosen = torch.tensor(steps[-1] if steps else -1)
+        self._comm.broadcast([chosen])
+        newest = int(chosen)
+        if newest < 0:
             for line in self._progress.start_lines:
                 self._tell(line)
             return
-        checkpoint = read_checkpoint(self._storage, steps[-1], self._run.key)
-        self._network.load(checkpoint, self._storage.uri(checkpoint_key(steps[-1])))
+        checkpoint = read_checkpoint(self._storage, newest, self._run.key)
+        self._network.load(checkpoint, self._storage.uri(checkpoint_key(newest)))
         self._progress = checkpoint.progress
         if self._progress.scaler is not None:
             self._stepper.restore_scale(self._progress.scaler)
