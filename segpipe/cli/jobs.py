@@ -137,15 +137,20 @@ def _print_dry_run(plan: DryRun, as_json: bool) -> None:
         "batch_size": facts.batch_size,
         "unit_px": facts.unit_px,
     }
+    print_fields(tree, as_json)
+
+
+def print_fields(tree: dict[str, Any], as_json: bool) -> None:
+    """Print what a dry run found: a JSON object, or a line a field."""
     if as_json:
         print(json.dumps(tree))
         return
     width = max(map(len, tree))
     for name, value in tree.items():
-        if name != "schema_version":
-            shown = (
-                ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
-                if isinstance(value, dict)
-                else value
-            )
-            print(f"{name:<{width}}  {shown}")
+        if name == "schema_version":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        print(f"{name:<{width}}  {value}")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Final
 
-from segpipe.cli.jobs import read_text
+from segpipe.cli.jobs import print_fields, read_text
 from segpipe.cli.progress import format_duration
 from segpipe.config.train import TrainConfig, load_train
 from segpipe.pipelines.events import counted
@@ -140,18 +140,7 @@ def _print_plan(plan: TrainPlan, as_json: bool) -> None:
         "threads_per_worker": pool.threads_per_worker,
         "loader_threads": pool.loader_threads,
     }
-    if as_json:
-        print(json.dumps(tree))
-        return
-    width = max(map(len, tree))
-    for name, value in tree.items():
-        if name == "schema_version":
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {count}" for key, count in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value)) or "none"
-        print(f"{name:<{width}}  {value}")
+    print_fields(tree, as_json)
 
 
 def _print_trained(trained: Trained, as_json: bool) -> None:
