@@ -75,6 +75,7 @@ def text_of(
         licence=licence,
         shards=(ShardRef("a", "train", 1500), ShardRef("b", "val", 20), ShardRef("c", "test", 30)),
         class_px={"train": (750, 250) + (0,) * (len(names) - 2), "val": (1,) * len(names)},
+        present_px={},
     )
     if rows is None:
         rows = [score_row(500, 0.625, names), score_row(1000, 0.5, names)]

@@ -27,7 +27,7 @@ from segpipe.config.train import InitConfig
 from segpipe.errors import InputError, StorageRefused
 from segpipe.models.adapt import plan_bands
 from segpipe.models.families import FAMILIES, build
-from segpipe.models.file import _empty, _encode, _NoStart
+from segpipe.models.file import empty_model, _encode, _NoStart
 from segpipe.models.layouts import LAST_LAYERS, LAYOUTS
 from segpipe.models.pretrained import StartReport, load_start
 from segpipe.storage import open_object
@@ -53,7 +53,7 @@ def card_of(
 
 def network_of(card: ModelCard) -> nn.Module:
     if "resnet50" in card.family:  # its random start takes long and no test asks for it
-        blank = _empty(card, "test").to_empty(device="cpu")
+        blank = empty_model(card, "test").to_empty(device="cpu")
         for tensor in blank.state_dict().values():
             tensor.zero_()
         return blank
@@ -144,7 +144,7 @@ def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Non
 def test_every_family_has_its_layouts_and_its_last_layer() -> None:
     assert set(LAYOUTS) == set(LAST_LAYERS) == set(FAMILIES)
     for family, last in LAST_LAYERS.items():
-        model = _empty(card_of(family, classes=("a", "b", "c", "d", "e")), family)
+        model = empty_model(card_of(family, classes=("a", "b", "c", "d", "e")), family)
         assert all(model.get_submodule(name).weight.shape[0] == 5 for name in last), family
 
 
@@ -354,7 +354,7 @@ class TestContainers:
 
 class TestOwnFiles:
     def file_of(self, card: ModelCard) -> tuple[bytes, dict[str, Tensor]]:
-        state = random_state(_empty(card, "test"))
+        state = random_state(empty_model(card, "test"))
         return _encode({name: tensor.clone().contiguous() for name, tensor in state.items()}, card), state
 
     def test_the_same_network_is_copied_whole(self, folder: Folder) -> None:
@@ -441,7 +441,7 @@ class TestBands:
         self, bands: int, family: str, folder: Folder
     ) -> None:
         source = card_of(family)
-        state = random_state(_empty(source, "test"))
+        state = random_state(empty_model(source, "test"))
         card = card_of(family, bands=tuple(f"band_{index}" for index in range(bands)))
         torch.manual_seed(1)
         model = network_of(card)
