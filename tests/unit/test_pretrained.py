@@ -27,7 +27,7 @@ from segpipe.config.train import InitConfig
 from segpipe.errors import InputError, StorageRefused
 from segpipe.models.adapt import plan_bands
 from segpipe.models.families import FAMILIES, build
-from segpipe.models.file import empty_model, _encode, _NoStart
+from segpipe.models.file import _encode, _NoStart, empty_model
 from segpipe.models.layouts import LAST_LAYERS, LAYOUTS
 from segpipe.models.pretrained import StartReport, load_start
 from segpipe.storage import open_object
