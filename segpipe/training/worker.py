@@ -173,8 +173,12 @@ class _Training:
             return
         (outcome, seconds), self._pending = self._pending, None
         loss, *parts = outcome.values.tolist()
+        grad_norm = None if outcome.grad_norm is None else float(outcome.grad_norm)
         if not math.isfinite(loss):
-            self._refuse(outcome, loss)
+            self._refuse(outcome, f"the loss of step {outcome.step} is {loss}")
+        # fp16 meets infinite gradients now and then, leaves them out and lowers its scale.
+        if grad_norm is not None and self._stepper.scaler is None and not math.isfinite(grad_norm):
+            self._refuse(outcome, f"the gradients of step {outcome.step} have the norm {grad_norm}")
         progress = self._progress
         self._progress = replace(
             progress, loss_sum=progress.loss_sum + loss, loss_steps=progress.loss_steps + 1
@@ -182,7 +186,6 @@ class _Training:
         if not self._comm.leads:
             return
         samples = self._samples(outcome.step - 1)
-        grad_norm = None if outcome.grad_norm is None else float(outcome.grad_norm)
         row = StepRow(
             step=outcome.step,
             epoch=outcome.epoch,
@@ -204,14 +207,13 @@ class _Training:
         left = self._dataset.num_samples(self._config.data.train_splits)
         return min(batch, left - step % self._steps_per_epoch * batch)
 
-    def _refuse(self, outcome: StepOutcome, loss: float) -> None:
+    def _refuse(self, outcome: StepOutcome, what: str) -> None:
         ids = self._comm.gather_texts(list(outcome.sample_ids))
         steps = list_checkpoints(self._storage)
         newest = self._storage.uri(checkpoint_key(steps[-1])) if steps else "none was written yet"
         more = f" and {len(ids) - _NAMED_IDS} more" if len(ids) > _NAMED_IDS else ""
         raise CheckError(
-            f"the loss of step {outcome.step} is {loss}; its samples: {', '.join(ids[:_NAMED_IDS])}{more}; "
-            f"newest checkpoint: {newest}",
+            f"{what}; its samples: {', '.join(ids[:_NAMED_IDS])}{more}; newest checkpoint: {newest}",
             self._storage.root,
             "Look at these samples; a lower train.lr, a train.clip_norm or precision fp32 often helps (with "
             "another --output).",
@@ -280,6 +282,15 @@ class _Training:
         scaler = self._stepper.scaler
         self._progress = replace(self._progress, scaler=None if scaler is None else scaler.get_scale())
         tensors = self._network.tensors()
+        if not all(
+            bool(value.isfinite().all()) for name, value in tensors.items() if name.startswith("model/")
+        ):
+            # Without clip_norm nobody looked at the gradients.
+            raise CheckError(
+                f"the weights after step {step} are not finite; no checkpoint was written of them",
+                self._storage.root,
+                "Set a lower train.lr, or train.clip_norm (with another --output).",
+            )
         if self._comm.leads:
             self._history.flush(step)
             put_checkpoint(self._storage, step, encode_checkpoint(Checkpoint(self._progress, tensors)))

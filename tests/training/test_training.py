@@ -197,6 +197,34 @@ def test_a_loss_that_is_not_finite_ends_with_step_samples_and_checkpoint(uri: st
             assert tensor.isfinite().all(), (step, name)
 
 
+@pytest.mark.parametrize(
+    ("clip", "found"),
+    [
+        (1.0, "the gradients of step 3 have the norm inf; its samples: "),
+        (None, "the weights after step 4 are not finite; no checkpoint"),
+    ],
+)
+def test_gradients_that_are_not_finite_reach_no_checkpoint(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float | None, found: str
+) -> None:
+    from segpipe.training.steps import Stepper
+
+    plain = Stepper._apply
+
+    def poisoned(self: Stepper) -> object:
+        if (calls := getattr(self, "calls", 0) + 1) == (3 if clip else 4):
+            next(self._network.plain.parameters()).grad[:] = float("inf")  # type: ignore[index]
+        self.calls = calls  # type: ignore[attr-defined]
+        return plain(self)
+
+    monkeypatch.setattr(Stepper, "_apply", poisoned)
+    config = tiny_config(uri, tmp_path / "run", checkpoints__every_steps=2)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"clip_norm": clip})})
+    with pytest.raises(CheckError, match=found):
+        train(config)
+    assert list_checkpoints(open_storage(str(tmp_path / "run"))) == [2]
+
+
 def test_a_checkpoint_of_another_network_is_refused(uri: str, tmp_path: Path) -> None:
     config = tiny_config(uri, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
