@@ -116,3 +116,9 @@ class Interrupted(SegpipeError):
     """The user or the scheduler asked to stop."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException, most_chars: int = 300) -> str:
+    """The first line of an error's text: other programs' go on for many. Of ours without place and advice."""
+    text = error.what if isinstance(error, SegpipeError) else str(error)
+    return text.strip().partition("\n")[0][:most_chars] or type(error).__name__

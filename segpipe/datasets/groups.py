@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from segpipe.datasets.prepared import GroupRef, PreparedDataset
 from segpipe.datasets.shards import ROW_GROUP_SAMPLES
-from segpipe.errors import InputError, ObjectMissing
+from segpipe.errors import InputError, ObjectMissing, first_line
 from segpipe.storage import open_storage
 
 _COLUMNS: Final = ["sample_id", "image", "label"]
@@ -73,12 +73,12 @@ class GroupReader:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"the shard is cut short or damaged ({_first_line(error)})", self._storage.uri(key), _FIX
+                f"the shard is cut short or damaged ({first_line(error)})", self._storage.uri(key), _FIX
             ) from error
         except OSError as error:
             if type(error) is OSError:  # what Arrow raises for pages that cannot be unpacked
                 raise InputError(
-                    f"the shard is damaged ({_first_line(error)})", self._storage.uri(key), _FIX
+                    f"the shard is damaged ({first_line(error)})", self._storage.uri(key), _FIX
                 ) from error
             raise
         if len(samples) != group.samples:
@@ -164,7 +164,3 @@ def _tar_members(file: Any) -> tuple[tuple[str, dict[str, tuple[int, int]]], ...
                 kind = "label" if extension == "label.png" else "image"
                 parts[kind] = (member.offset_data, member.size)
     return tuple((names[stem], parts) for stem, parts in found.items() if parts["image"] and parts["label"])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

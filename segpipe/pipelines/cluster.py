@@ -21,10 +21,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
-from segpipe.errors import IncompleteError, InputError, SegpipeError
+from segpipe.errors import IncompleteError, InputError, SegpipeError, first_line
 from segpipe.masks.plan import PlanScene
 from segpipe.pipelines.faults import decode_fault, encode_fault
-from segpipe.pipelines.isolate import Isolation, first_line
+from segpipe.pipelines.isolate import Isolation
 from segpipe.pipelines.local import HEADER_THREADS, map_threads
 from segpipe.pipelines.plan import inspect_source
 from segpipe.pipelines.resources import Hardware, Pool, this_machine

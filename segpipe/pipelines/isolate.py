@@ -21,7 +21,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from segpipe.errors import CheckError, IncompleteError, SegpipeError, StorageFull, StorageRefused
+from segpipe.errors import CheckError, IncompleteError, SegpipeError, StorageFull, StorageRefused, first_line
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.resources import Pool
 from segpipe.pipelines.units import Unit
@@ -197,11 +197,6 @@ def died_alone(error: BaseException, node_id: str, living_nodes: Callable[[], se
     types can: a memory kill is OutOfMemoryError, a broken connection ActorUnavailableError.
     """
     return isinstance(error, ActorDiedError) and not error.preempted and node_id in living_nodes()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text: Ray's go on for many."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _settled(actor: Any, error: RayError) -> RayError:

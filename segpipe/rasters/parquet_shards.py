@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from segpipe.errors import InputError, ObjectMissing, SceneError, SegpipeError
+from segpipe.errors import InputError, ObjectMissing, SceneError, SegpipeError, first_line
 from segpipe.rasters.scene import Version
 from segpipe.storage import open_object
 
@@ -141,11 +141,7 @@ def _listing(uri: str) -> Iterator[None]:
     except SegpipeError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"no valid Parquet file: {_first_line(error)}", uri, _FIX) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise InputError(f"no valid Parquet file: {first_line(error)}", uri, _FIX) from None
 
 
 def _batches(file: Any, group: int, path: str, where: str) -> Iterator[Any]:
@@ -234,11 +230,11 @@ def read_cell(uri: str, version: Version, row: int, num_rows: int | None, role: 
             raise SceneError("shard_count", f"the shard has no row {row}", uri)
         value = cursor.read(row)
     except (InputError, pa.ArrowException, StopIteration) as error:
-        raise SceneError("decode", f"the shard cannot be read: {_first_line(error)}", where) from None
+        raise SceneError("decode", f"the shard cannot be read: {first_line(error)}", where) from None
     except SegpipeError:
         raise
     except (OSError, ValueError) as error:
-        raise SceneError("decode", f"the shard cannot be read: {_first_line(error)}", where) from None
+        raise SceneError("decode", f"the shard cannot be read: {first_line(error)}", where) from None
     _cursors.open[place] = cursor
     while len(_cursors.open) > _OPEN_FILES:
         _cursors.open.popitem(last=False)

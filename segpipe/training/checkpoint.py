@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from segpipe.errors import InputError, StorageFull
+from segpipe.errors import InputError, StorageFull, first_line
 from segpipe.models.header import parse_header
 from segpipe.storage import Storage
 
@@ -101,7 +101,7 @@ def read_checkpoint(storage: Storage, step: int, recipe_key: str) -> Checkpoint:
         progress = Progress(**json.loads(metadata[_META_KEY]))
         tensors = safetensors.torch.load(data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"the checkpoint is damaged ({_first_line(error)})", where, fix) from error
+        raise InputError(f"the checkpoint is damaged ({first_line(error)})", where, fix) from error
     if progress.recipe_key != recipe_key:
         raise InputError("the checkpoint belongs to another training", where, fix)
     return Checkpoint(progress, tensors)
@@ -113,8 +113,3 @@ def prune(storage: Storage, keep_last: int, keep: Sequence[int | None]) -> None:
     for step in steps[:-keep_last]:
         if step not in keep:
             storage.delete(checkpoint_key(step))
-
-
-def _first_line(error: BaseException) -> str:
-    text = error.what if isinstance(error, InputError) else str(error)
-    return (text.splitlines() or [type(error).__name__])[0]

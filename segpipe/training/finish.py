@@ -13,7 +13,7 @@ from segpipe.datasets.prepared import PreparedDataset
 from segpipe.errors import IncompleteError
 from segpipe.models.file import save_model
 from segpipe.storage import Storage
-from segpipe.training.checkpoint import Progress, list_checkpoints, read_checkpoint
+from segpipe.training.checkpoint import Checkpoint, Progress, list_checkpoints, read_checkpoint
 from segpipe.training.curves import draw_curves
 from segpipe.training.history import read_scores, read_steps
 from segpipe.training.model_card import card_text
@@ -48,11 +48,12 @@ def finish(
 
     Raises `IncompleteError` where the training is not at its end.
     """
-    progress = _ended(storage, run, total)
+    newest = _ended(storage, run, total)
+    progress = newest.progress
     keeps_best = config.validation.keep == "best" and progress.best_step is not None
     kept_step = progress.best_step if keeps_best else progress.step
     assert kept_step is not None
-    checkpoint = read_checkpoint(storage, kept_step, run.key)
+    checkpoint = newest if kept_step == progress.step else read_checkpoint(storage, kept_step, run.key)
     model = evaluation_copy(run.card, checkpoint.part("average") or checkpoint.part("model"))
     steps, scores = read_steps(storage), read_scores(storage)
     kept = next((row for row in reversed(scores.to_pylist()) if row["step"] == kept_step), None)
@@ -90,15 +91,15 @@ def finish(
     )
 
 
-def _ended(storage: Storage, run: TrainRun, total: int) -> Progress:
+def _ended(storage: Storage, run: TrainRun, total: int) -> Checkpoint:
     steps = list_checkpoints(storage)
-    progress = read_checkpoint(storage, steps[-1], run.key).progress if steps else None
-    if progress is None or (progress.step < total and not progress.stopped):
-        done = progress.step if progress else 0
+    newest = read_checkpoint(storage, steps[-1], run.key) if steps else None
+    if newest is None or (newest.progress.step < total and not newest.progress.stopped):
+        done = newest.progress.step if newest else 0
         raise IncompleteError(
             f"the training ended after step {done} of {total}", storage.root, "The same command goes on."
         )
-    return progress
+    return newest
 
 
 def _facts(progress: Progress, kept_step: int, kept: dict[str, Any] | None) -> dict[str, Any]:

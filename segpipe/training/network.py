@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -175,7 +174,7 @@ def check_hardware(config: TrainConfig, device: str) -> None:
 def evaluation_copy(card: ModelCard, tensors: dict[str, Tensor]) -> nn.Module:
     """A network of the card's family on the CPU, with these weights."""
     model = build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
-    model.load_state_dict(copy.copy(tensors))
+    model.load_state_dict(tensors)
     return model.eval()
 
 

@@ -20,9 +20,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
-from segpipe.errors import IncompleteError
+from segpipe.errors import IncompleteError, first_line
 from segpipe.pipelines.faults import decode_fault, encode_fault
-from segpipe.pipelines.isolate import first_line
 from segpipe.training.comm import Comm
 from segpipe.training.history import ScoreRow, StepRow
 from segpipe.training.resources import TrainPool

@@ -16,7 +16,7 @@ from segpipe.datasets.prepared import PreparedDataset, open_dataset
 from segpipe.errors import ConfigError, InputError
 from segpipe.models.families import build
 from segpipe.models.file import empty_model
-from segpipe.pipelines.local import Executor
+from segpipe.pipelines.local import Executor, LocalExecutor
 from segpipe.pipelines.predict import nothing_written, start_executor
 from segpipe.storage import Storage, open_storage
 from segpipe.storage.uris import normalize_root
@@ -134,8 +134,7 @@ def make_card(config: TrainConfig, dataset: PreparedDataset) -> ModelCard:
 def plan_only(job: TrainJob) -> TrainPlan:
     """What a training would do; Ray is started only to ask a cluster that is named. Writes nothing."""
     config = job.config
-    local = config.cluster.address is None
-    executor = _start(config.model_copy(update={"cluster": _local(config)}) if local else config)
+    executor = _start(config) if config.cluster.address is not None else LocalExecutor()
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
@@ -190,10 +189,6 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 def _start(config: TrainConfig) -> Executor:
     cluster = ClusterConfig(executor=config.cluster.executor, address=config.cluster.address)
     return start_executor(SegpipeConfig(cluster=cluster))
-
-
-def _local(config: TrainConfig) -> object:
-    return config.cluster.model_copy(update={"executor": "local"})
 
 
 def _adopted(job: TrainJob, pool: TrainPool, storage: Storage, events: TrainEvents) -> TrainRun:

@@ -16,7 +16,7 @@ import pytest
 from commands import REPOSITORY, Command, interrupt, run, started, tagged
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from runs import tiny_config, train_in_processes
+from runs import TINY, tiny_config, train_in_processes
 from tiny import tiny_dataset
 
 from segpipe.storage import open_storage
@@ -60,19 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(data: Path | str, output: Path | str, *more: str, **sets: object) -> list[str]:
     """`segpipe train` of the tiny training by two workers; ``sets`` have "__" for dots."""
-    values = {
-        "data.augment.crop_px": 32,
-        "model.options": {"width": 4, "depth": 2},
-        "train.global_batch": 4,
-        "train.lr": 0.02,
-        "train.steps": 12,
-        "validation.tile_px": 64,
-        "validation.margin_px": 8,
-        "validation.every_steps": 6,
-        "cluster.workers": 2,
-        "cluster.threads_per_worker": 1,
-        "cluster.loader_threads": 1,
-    } | {name.replace("__", "."): value for name, value in sets.items()}
+    values = {**TINY, "cluster.workers": 2} | {name.replace("__", "."): value for name, value in sets.items()}
     pairs = [part for name, value in values.items() for part in ("--set", f"{name}={json.dumps(value)}")]
     return ["train", "--data", str(data), "--output", str(output), *pairs, *more]
 

@@ -20,23 +20,28 @@ from segpipe.training.run import TrainJob, make_recipe, prepare_job, run_trainin
 from segpipe.training.run_file import TrainFacts, TrainRun, adopt_or_create
 from segpipe.training.worker import WorkerTask, run_worker
 
+TINY = {
+    "data.augment.crop_px": 32,
+    "model.options": {"width": 4, "depth": 2},
+    "train.global_batch": 4,
+    "train.lr": 0.02,
+    "train.steps": 12,
+    "validation.tile_px": 64,
+    "validation.margin_px": 8,
+    "validation.every_steps": 6,
+    "cluster.threads_per_worker": 1,
+    "cluster.loader_threads": 1,
+}
+"""A training of some seconds: dotted keys of its config."""
+
 
 def tiny_config(data: str, output: Path | str, **sets: Any) -> TrainConfig:
-    """A training of some seconds; ``sets`` are dotted keys with "__" for the dots."""
+    """The tiny training in this process; ``sets`` are dotted keys with "__" for the dots."""
     overrides = {
+        **TINY,
         "data.uri": data,
-        "data.augment.crop_px": 32,
-        "model.options": {"width": 4, "depth": 2},
-        "train.global_batch": 4,
-        "train.lr": 0.02,
-        "train.steps": 12,
-        "validation.tile_px": 64,
-        "validation.margin_px": 8,
-        "validation.every_steps": 6,
         "checkpoints.every_steps": 4,
         "cluster.executor": "local",
-        "cluster.threads_per_worker": 1,
-        "cluster.loader_threads": 1,
         "output": str(output),
     }
     overrides |= {name.replace("__", "."): value for name, value in sets.items()}
