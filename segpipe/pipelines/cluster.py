@@ -111,7 +111,7 @@ class RayExecutor:
                     max_tasks_in_flight_per_actor=4,
                     enable_true_multi_threading=True,
                 ),
-                batch_size=None,
+                batch_size=max(map(len, tasks)),  # a task at once; Ray asks for a number where there are GPUs
                 batch_format="pyarrow",
                 num_cpus=pool.cpus_per_worker,
                 num_gpus=pool.gpus_per_worker or None,

@@ -226,11 +226,20 @@ def _worker_main(config: dict[str, Any]) -> None:
     try:
         run_worker(config["task"], comm, device, pool.loader_threads, teller)
         teller.flush()
-    except RuntimeError:
-        raise  # what the others meet when a worker is lost: the group is made anew
     except Exception as error:
-        ray.get(board.fail.remote(encode_fault(error)))
+        if not _may_pass(error):
+            ray.get(board.fail.remote(encode_fault(error)))
         raise
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether new workers may get on: another worker was lost, or the GPU failed."""
+    import torch
+    import torch.distributed as dist
+
+    if isinstance(error, (dist.DistError, torch.AcceleratorError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "CUDA", "NCCL"))
 
 
 class _BoardTeller:

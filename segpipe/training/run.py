@@ -161,17 +161,22 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
         run = _adopted(job, pool, storage, events)
         steps = list_checkpoints(storage)
         events.begun(steps[-1] if steps else 0, job.total_steps)
-        task = WorkerTask(config, run, job.output)
-        if config.cluster.executor == "local":
-            device = "cuda:0" if pool.device == "cuda" else "cpu"
-            run_worker(task, Comm(), device, pool.loader_threads, _teller(events))
-        else:
-            from segpipe.training.ray_workers import train_on_ray
-
-            train_on_ray(task, pool, _teller(events))
+        if not steps or steps[-1] < job.total_steps:  # else only the artefacts are made again
+            _train(job, run, pool, events)
     finally:
         executor.close()
     return finish(storage, config, run, job.dataset, job.total_steps)
+
+
+def _train(job: TrainJob, run: TrainRun, pool: TrainPool, events: TrainEvents) -> None:
+    task = WorkerTask(job.config, run, job.output)
+    if job.config.cluster.executor == "local":
+        device = "cuda:0" if pool.device == "cuda" else "cpu"
+        run_worker(task, Comm(), device, pool.loader_threads, _teller(events))
+        return
+    from segpipe.training.ray_workers import train_on_ray
+
+    train_on_ray(task, pool, _teller(events))
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,26 @@ def test_two_ray_workers_write_the_objects_of_one_local_worker(
     archive: Archive, undisturbed: dict[str, bytes], folder: Path
 ) -> None:
     code, command = run(archive.predict(folder / "run", "--set", "cluster.workers=2"), folder)
+    assert code == 0, command.stderr
+    assert mask_objects(folder / "run") == undisturbed
+
+
+ON_ONE_GPU = """
+import dataclasses, functools, ray
+from segpipe.cli.main import main
+from segpipe.pipelines import predict
+ray.init = functools.partial(ray.init, num_gpus=1)
+plan_pool = predict.plan_pool
+predict.plan_pool = lambda *args: dataclasses.replace(plan_pool(*args), gpus_per_worker=1)
+main()
+"""
+"""Ray believes in a GPU and gives it to the worker, which computes on the CPU."""
+
+
+def test_a_worker_that_asks_ray_for_a_gpu_writes_the_same_objects(
+    archive: Archive, undisturbed: dict[str, bytes], folder: Path
+) -> None:
+    code, command = run(archive.predict(folder / "run"), folder, program=(sys.executable, "-c", ON_ONE_GPU))
     assert code == 0, command.stderr
     assert mask_objects(folder / "run") == undisturbed
 

@@ -237,16 +237,15 @@ def test_a_loss_that_is_not_finite_names_step_checkpoint_and_the_samples_of_all_
     assert "Traceback" not in command.stderr
 
 
-def test_a_bug_in_a_worker_ends_a_training_with_a_line_that_names_it(data: Path, folder: Path) -> None:
+def test_a_bug_in_a_worker_ends_a_training_at_once_and_shows_where_it_is(data: Path, folder: Path) -> None:
     hooks = folder / "hooks"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(BUG)
     env = {"PYTHONPATH": f"{hooks}{os.pathsep}{REPOSITORY}"}
-    code, command = run(arguments(data, folder / "run", cluster__max_failures=0), folder, env=env)
-    assert code == 3, command.stderr
-    last = command.stderr.splitlines()[-1]
-    assert last.startswith(
-        f"error: {folder}/run: the workers were lost (RuntimeError: shapes that do not fit)"
-    )
-    assert "Traceback" not in command.stderr
+    code, command = run(arguments(data, folder / "run"), folder, env=env)
+    assert code == 1, command.stderr
+    named = "a worker failed: RuntimeError: shapes that do not fit"
+    assert command.stderr.splitlines()[-1] == f"error: a bug in segpipe: RuntimeError: {named}"
+    assert "in run_and_fail" in command.stderr
+    assert "goes on after step" not in command.stderr, "no worker was started again"
     assert command.stdout == ""

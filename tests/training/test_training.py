@@ -77,7 +77,10 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert tables[0].equals(tables[1])
 
 
-def test_a_finished_training_is_left_as_it_is(uri: str, undisturbed: Path) -> None:
+def test_a_finished_training_is_left_as_it_is_and_starts_no_workers(
+    uri: str, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segpipe.training.run.run_worker", None)
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("checkpoints/*/*")}
     seen = Seen()
     done = train(tiny_config(uri, undisturbed, train__ema_decay=0.9, train__log_order=True), seen)
