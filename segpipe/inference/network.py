@@ -86,6 +86,8 @@ def first_call(forward: Forward, x_BNHW: Tensor, *, compile_network: bool) -> Te
 
     try:
         return forward(x_BNHW)
+    except torch.OutOfMemoryError:
+        raise
     except (TorchDynamoException, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
+import aiohttp
 import fsspec
 from fsspec.asyn import FSTimeoutError
 
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 _READ_ONLY: Final = ("http", "https")
 _VERSION_FIELDS: Final = ("etag", "ETag", "generation", "md5Hash", "mtime", "last_modified", "LastModified")
+_PASSING: Final = (408, 425, 429)  # with 5xx: what may be asked again (RFC 9110, 8470, 6585)
+_CREDENTIALS: Final = "Check the credentials for this store."
 _memory_lock = threading.Lock()
 
 
@@ -214,8 +217,23 @@ def _explained(work: Callable[[], T], where: str) -> T:
     except (FileNotFoundError, IsADirectoryError):
         raise ObjectMissing("no such object", where) from None
     except PermissionError:
-        raise StorageRefused("access denied", where, "Check the credentials for this store.") from None
+        raise StorageRefused("access denied", where, _CREDENTIALS) from None
     except (ConnectionError, TimeoutError, FSTimeoutError) as error:
         raise Transient(type(error).__name__) from None
     except Exception as error:
-        raise StorageError(f"the store failed ({type(error).__name__})", where) from None
+        raise _of_http(error, where) from None
+
+
+def _of_http(error: Exception, where: str) -> Exception:
+    """What a client of HTTP raised, told by its status; whatever else it is, by its name."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if status in (401, 403):
+        return StorageRefused(
+            f"access denied (HTTP {status})", where, "Check the credentials for this store."
+        )
+    if isinstance(status, int) and (status in _PASSING or status >= 500):
+        return Transient(f"HTTP {status}")
+    if isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)):
+        return Transient(type(error).__name__)
+    told = f"HTTP {status}" if isinstance(status, int) else type(error).__name__
+    return StorageError(f"the store failed ({told})", where)

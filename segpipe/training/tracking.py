@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from segpipe.config.train import TrackingConfig
 from segpipe.errors import ConfigError
@@ -46,6 +46,9 @@ _MLFLOW_ENVIRONMENT: Final = {
 }
 _NO_NAME: Final = re.compile(r"[^A-Za-z0-9_./ -]")  # what MLflow takes in no name
 
+Ended = Literal["FINISHED", "FAILED", "KILLED"]
+"""How an attempt ended, in MLflow's words: at its end, by a fault, by whoever stopped it."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +66,7 @@ class Tracker(Protocol):
     def save(self, storage: Storage) -> None:
         """Make what was taken readable by others; ``storage`` is the training's folder."""
 
-    def close(self, storage: Storage, artefacts: Mapping[str, bytes]) -> None:
+    def close(self, storage: Storage, artefacts: Mapping[str, bytes], ended: Ended) -> None:
         """Save, add the finished files by name, and let go of all resources."""
 
 
@@ -87,9 +90,9 @@ class Trackers:
         for tracker in self._each(lambda tracker: tracker.save(storage)):
             self._failures.pop(tracker.name, None)
 
-    def close(self, storage: Storage, artefacts: Mapping[str, bytes]) -> None:
-        """End the tracking of a finished training; ``artefacts`` are its files by name."""
-        self._each(lambda tracker: tracker.close(storage, artefacts))
+    def close(self, storage: Storage, artefacts: Mapping[str, bytes], ended: Ended = "FINISHED") -> None:
+        """End the tracking of an attempt; ``artefacts`` are the files of a finished training by name."""
+        self._each(lambda tracker: tracker.close(storage, artefacts, ended))
         self._active = []
 
     def _each(self, call: Callable[[Tracker], None]) -> list[Tracker]:
@@ -210,7 +213,7 @@ class TensorBoardTracker:
         if len(data) >= _ROTATE_BYTES:
             self._close_file()
 
-    def close(self, storage: Storage, artefacts: Mapping[str, bytes]) -> None:
+    def close(self, storage: Storage, artefacts: Mapping[str, bytes], ended: Ended) -> None:
         try:
             self.save(storage)
         finally:
@@ -276,7 +279,7 @@ class MlflowTracker:
             for _ in batch:  # only now: a batch that failed is sent again
                 self._waiting.popleft()
 
-    def close(self, storage: Storage, artefacts: Mapping[str, bytes]) -> None:
+    def close(self, storage: Storage, artefacts: Mapping[str, bytes], ended: Ended) -> None:
         self.save(storage)
         try:
             with tempfile.TemporaryDirectory(prefix="segpipe-mlflow-") as folder:
@@ -285,7 +288,7 @@ class MlflowTracker:
                     path.write_bytes(data)
                     self._client.log_artifact(self._run_id, str(path))
         finally:
-            self._client.set_terminated(self._run_id, "FINISHED")
+            self._client.set_terminated(self._run_id, ended)
 
     def _take(self, metrics: Mapping[str, float], step: int) -> None:
         now_ms = int(time.time() * 1000)

@@ -33,7 +33,7 @@ from segpipe.training.losses import make_loss
 from segpipe.training.network import Network
 from segpipe.training.run_file import TrainRun
 from segpipe.training.steps import StepOutcome, Stepper
-from segpipe.training.tracking import Trackers, open_trackers
+from segpipe.training.tracking import Ended, Trackers, open_trackers
 from segpipe.training.validate import count_images, metric_of
 
 Tell = Callable[[StepRow | ScoreRow | str], None]
@@ -73,10 +73,15 @@ def run_worker(task: WorkerTask, comm: Comm, device: str, loader_threads: int, t
     torch.set_num_threads(task.run.facts.threads_per_worker)
     try:
         training = _Training(task, comm, device, tell)
+        ended: Ended = "KILLED"
         try:
             training.run(loader_threads)
+            ended = "FINISHED"
+        except Exception:
+            ended = "FAILED"
+            raise
         finally:
-            training.close()
+            training.close(ended)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the memory of {device} is too small", "train.micro_batch", "Lower it, or data.augment.crop_px."
@@ -134,8 +139,8 @@ class _Training:
                 if self._progress.stopped:
                     break
 
-    def close(self) -> None:
-        self._trackers.close(self._storage, {})
+    def close(self, ended: Ended) -> None:
+        self._trackers.close(self._storage, {}, ended)
 
     def _resume(self) -> None:
         """Take the newest checkpoint that is there; worker 0 chooses, for another driver may write too."""

@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import Seen, tiny_config, train
+from tiny import tiny_dataset
 
 from segpipe.config.train import TrackingConfig
 from segpipe.errors import ConfigError
 from segpipe.storage import Storage, open_storage
 from segpipe.training import tracking
 from segpipe.training.history import ScoreRow, StepRow
-from segpipe.training.tracking import Trackers, check_tracking, open_trackers, score_metrics, step_metrics
+from segpipe.training.tracking import (
+    Ended,
+    Trackers,
+    check_tracking,
+    open_trackers,
+    score_metrics,
+    step_metrics,
+)
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="the tensorboard package is not installed"
@@ -85,7 +94,7 @@ class FailingTracker:
     def save(self, storage: Storage) -> None:
         self._call("save")
 
-    def close(self, storage: Storage, artefacts: Mapping[str, bytes]) -> None:
+    def close(self, storage: Storage, artefacts: Mapping[str, bytes], ended: Ended) -> None:
         self._call("close")
 
 
@@ -219,6 +228,31 @@ def test_mlflow_holds_parameters_metrics_and_files_of_a_finished_training(
     assert [(item.step, item.value) for item in losses] == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert run.data.metrics["validation/iou_bare_soil"] == 0.25
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["README.md", "curves.png"]
+
+
+@needs_mlflow
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt(), "KILLED"), (OSError("gone"), "FAILED")])
+def test_mlflow_tells_a_stopped_and_a_failed_training_from_a_finished_one(
+    tmp_path: Path, mlflow_uri: str, stop: BaseException, status: str
+) -> None:
+    class Stopping(Seen):
+        def step(self, row: StepRow) -> None:
+            if row.step == 5:
+                raise stop
+
+    uri = tiny_dataset(tmp_path, samples=8)
+    config = tiny_config(uri, tmp_path / "run", tracking__mlflow=mlflow_uri, tracking__experiment="roofs")
+    client = mlflow_client(mlflow_uri)
+
+    def shown() -> str:
+        (run,) = client.search_runs([client.get_experiment_by_name("roofs").experiment_id])
+        return str(run.info.status)
+
+    with pytest.raises(type(stop)):
+        train(config, Stopping())
+    assert shown() == status
+    train(config)
+    assert shown() == "FINISHED"
 
 
 @needs_mlflow
