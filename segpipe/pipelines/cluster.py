@@ -8,6 +8,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import IncompleteError, InputError, SegpipeError, first_line
 from segpipe.masks.plan import PlanScene
+from segpipe.pipelines.events import counted
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import Isolation
 from segpipe.pipelines.local import HEADER_THREADS, map_threads
@@ -44,6 +46,8 @@ _WAVE_TASKS = 200
 """Tasks a worker between two starts of the pool, which take seconds."""
 _MAX_WAVE_TASKS = 5_000
 _NO_PROGRESS_TIMEOUT_S = 2 * 3600
+_FREED_AFTER_S = 5
+"""The books of a cluster lag behind: what tasks of this driver held a moment ago is not free at once."""
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
@@ -145,6 +149,22 @@ class RayExecutor:
         while waiting:
             yield _task_value(waiting.popleft())
 
+    def busy(self, workers: int, cpus: float, gpus: int) -> str | None:
+        if not self._address:
+            return None
+        needed = {"CPU": workers * cpus, "GPU": float(workers * gpus)}
+        end = time.monotonic() + _FREED_AFTER_S
+        while True:
+            free = ray.available_resources()
+            short = [kind for kind, amount in needed.items() if free.get(kind, 0) < amount - 1e-3]
+            if not short:
+                return None
+            if time.monotonic() > end:
+                break
+            time.sleep(0.5)
+        lacks = " and ".join(f"{needed[kind]:g} {kind} ({free.get(kind, 0):g} free now)" for kind in short)
+        return f"others use the cluster: {counted(workers, 'worker')} must wait for {lacks}"
+
     def close(self) -> None:
         ray.shutdown()
         _print_ray_messages(True)
@@ -224,17 +244,17 @@ def _start_ray(address: str | None) -> None:
     # No usage reports: Ray Data would start a process for them and ask localhost for Prometheus.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
+    # Ray's core reports every actor that has arguments and may restart as an error on stderr.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     handlers = _main_thread_handlers()
     _print_ray_messages(False)
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            # Ray turns token mode on by itself, and writes no token file where this one is set.
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            # Ray's core reports every actor that has arguments and may restart as an error on stderr.
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-            with _silent_stderr():
+        with _silent_stderr():
+            if address:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                # Ray turns token mode on by itself, and writes no token file where this one is set.
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
                 ray.init(
                     # Not a Ray that someone else runs on this machine.
                     address="local",

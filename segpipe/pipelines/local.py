@@ -42,6 +42,9 @@ class Executor(Protocol):
     def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
         """Apply a pure function to items, side by side, results in order, few of them held."""
 
+    def busy(self, workers: int, cpus: float, gpus: int) -> str | None:
+        """Return a line where workers of so many CPUs and GPUs each must wait for the work of others."""
+
     def close(self) -> None:
         """Stop all workers; nothing half-written stays behind."""
 
@@ -69,6 +72,9 @@ class LocalExecutor:
 
     def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
         return map_threads(function, items, _TABLE_THREADS)
+
+    def busy(self, workers: int, cpus: float, gpus: int) -> str | None:
+        return None
 
     def close(self) -> None:
         if self._worker is not None:

@@ -162,6 +162,8 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
         steps = list_checkpoints(storage)
         events.begun(steps[-1] if steps else 0, job.total_steps)
         if not steps or steps[-1] < job.total_steps:  # else only the artefacts are made again
+            if line := executor.busy(pool.least, pool.cpus_per_worker, int(pool.device == "cuda")):
+                events.warning(line)
             _train(job, run, pool, events)
     finally:
         executor.close()

@@ -96,6 +96,11 @@ class Command:
         self._read()
         return code
 
+    def read_now(self, stream: str) -> str:
+        """What the running command has printed to ``stdout`` or ``stderr``."""
+        # By name: the open file shares its position with the command, which writes there.
+        return Path(self._files[("stdout", "stderr").index(stream)].name).read_text()
+
     def kill_all(self) -> None:
         """SIGKILL the command and every process that came of it, at once."""
         while left := tagged(self.tag):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, Archive, mask_objects, run, started
+from commands import REPOSITORY, Archive, Command, mask_objects, run, started
 from s3_server import free_ports
 
 pytestmark = pytest.mark.ray
@@ -102,3 +102,45 @@ def test_a_job_predicts_on_a_cluster_that_refuses_whoever_has_no_token(
     assert mask_objects(folder / "run") == undisturbed
     code, verify = run(["verify", str(folder / "run")], folder)
     assert code == 0, verify.stdout + verify.stderr
+
+
+HOLDER = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(num_cpus=2)
+class Holder:
+    def ready(self):
+        return "ready"
+holder = Holder.remote()
+print(ray.get(holder.ready.remote()), flush=True)
+time.sleep(600)
+"""
+"""Holds all CPUs of the cluster."""
+
+
+def wait_for(command: Command, stream: str, text: str, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while text not in command.read_now(stream):
+        assert command.process.poll() is None, command.read_now("stderr")
+        assert time.monotonic() < end, command.read_now("stderr")
+        time.sleep(0.2)
+
+
+def test_a_run_on_a_cluster_without_room_says_so_and_begins_when_there_is(
+    archive: Archive, undisturbed: dict[str, bytes], folder: Path, head: Head
+) -> None:
+    wait_for_jobs(head)
+    holder_program = (sys.executable, "-c", HOLDER)
+    with started([head.gcs], folder, env=head.env, program=holder_program) as holder:
+        wait_for(holder, "stdout", "ready")
+        arguments = archive.predict(folder / "run", "--set", f"cluster.address={head.gcs}")
+        with started(arguments, folder, env=head.env) as command:
+            wait_for(command, "stderr", "others use the cluster: ")
+            holder.kill_all()
+            assert command.wait() == 0, command.stderr
+    lines = command.stderr.splitlines()
+    assert lines[2] == "warning: others use the cluster: 1 worker must wait for 1 CPU (0 free now)"
+    assert all(
+        line.startswith(("planned ", "12 units ", "warning: others ")) or "Mpx/s" in line for line in lines
+    )
+    assert mask_objects(folder / "run") == undisturbed
