@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import Archive, mask_objects, run, tagged, write_archive
+from heads import Head, started_head
 
 NUM_UNITS = 12
 
@@ -55,3 +56,9 @@ def undisturbed(undisturbed_run: Path) -> dict[str, bytes]:
     objects = mask_objects(undisturbed_run)
     assert len(objects) == NUM_UNITS
     return objects
+
+
+@pytest.fixture
+def head(folder: Path) -> Iterator[Head]:
+    with started_head(folder) as head:
+        yield head

@@ -2,76 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
+import json
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, Archive, Command, mask_objects, run, started
-from s3_server import free_ports
+from commands import Archive, Command, mask_objects, run, started
+from heads import Head, status_of, submit, wait_for_jobs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from runs import TINY, tiny_config, train_in_processes
+from tiny import tiny_dataset
 
 pytestmark = pytest.mark.ray
-
-RAY = (sys.executable, "-m", "ray.scripts.scripts")
-SEGPIPE_FOLDERS = ("segpipe", "jobs")
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    dashboard: str
-    gcs: str
-    env: dict[str, str]
-
-
-@pytest.fixture
-def head(folder: Path) -> Iterator[Head]:
-    """A Ray head on loopback in the foreground, two CPUs, with its jobs interface."""
-    gcs, dashboard, agent, agent_grpc, metrics, runtime_env, client = free_ports(7)
-    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    temp = tempfile.mkdtemp(prefix="sp-ray-")  # a socket's path may have 107 characters
-    options = {
-        "node-ip-address": "127.0.0.1", "port": gcs, "dashboard-host": "127.0.0.1",
-        "dashboard-port": dashboard, "dashboard-agent-listen-port": agent,
-        "dashboard-agent-grpc-port": agent_grpc, "metrics-export-port": metrics,
-        "runtime-env-agent-port": runtime_env, "ray-client-server-port": client,
-        "num-cpus": 2, "object-store-memory": 100 * 2**20, "temp-dir": temp,
-    }  # fmt: skip
-    arguments = ["start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
-    try:
-        with started(arguments, folder, env=env, program=RAY):
-            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", env)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-
-
-def wait_for_jobs(head: Head, timeout_s: float = 240) -> None:
-    """Wait until the head takes jobs: it answers, and an agent is there to run them."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if status_of(head, head.env["RAY_AUTH_TOKEN"]) == 200:
-            return
-        time.sleep(0.2)
-    raise TimeoutError(f"no answer from {head.dashboard} in {timeout_s:.0f} s")
-
-
-def status_of(head: Head, token: str | None) -> int:
-    """The HTTP status of the list of jobs; 0 = no connection."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(f"{head.dashboard}/api/jobs/", headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=10) as reply:
-            return int(reply.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return 0
 
 
 def test_a_job_predicts_on_a_cluster_that_refuses_whoever_has_no_token(
@@ -84,24 +28,33 @@ def test_a_job_predicts_on_a_cluster_that_refuses_whoever_has_no_token(
         "inference: {margin_px: 8, block_px: 128, unit_px: 16500}\n"
         "cluster: {threads_per_worker: 1}\n"
     )
-    for name in SEGPIPE_FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__", "data")
-        shutil.copytree(REPOSITORY / name, folder / "code" / name, ignore=ignored)
     wait_for_jobs(head)
     assert status_of(head, None) == 401
     assert status_of(head, "a-wrong-token") == 403
-    submit = ["job", "submit", "--address", head.dashboard, "--working-dir", str(folder / "code"), "--"]
     entry = ["python", "-m", "jobs.predict", "--config", str(config)]
-    code, stranger = run(submit + entry, folder, env={"RAY_AUTH_MODE": "token"}, program=RAY)
+    code, stranger = submit(head, folder, entry, env={"RAY_AUTH_MODE": "token"})
     assert code != 0
     assert "token" in (stranger.stderr + stranger.stdout).lower()
     assert not (folder / "run").exists()
-    code, job = run(submit + entry, folder, env=head.env, program=RAY)
+    code, job = submit(head, folder, entry)
     assert code == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout.lower()
     assert mask_objects(folder / "run") == undisturbed
     code, verify = run(["verify", str(folder / "run")], folder)
     assert code == 0, verify.stdout + verify.stderr
+
+
+def test_a_job_trains_with_two_workers_what_two_processes_train(folder: Path, head: Head) -> None:
+    data = tiny_dataset(folder / "data")
+    sets = TINY | {"cluster.workers": 2}
+    words = [word for name, value in sets.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    entry = ["python", "-m", "jobs.train", "--data", data, "--output", str(folder / "run"), *words]
+    wait_for_jobs(head)
+    code, job = submit(head, folder, entry)
+    assert code == 0, job.stdout + job.stderr
+    train_in_processes(tiny_config(data, folder / "plain", checkpoints__every_steps="-"), 2)
+    plain, trained = ((folder / name / "model.safetensors").read_bytes() for name in ("plain", "run"))
+    assert trained == plain
 
 
 HOLDER = """
