@@ -100,10 +100,17 @@ def test_camvid_over_s3(folder: Path, s3_prefix: str) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["data"]
 
 
+ONE_TILE = "tile4/images/image_part_001"
+ONE_TILE_SPLIT = {"split.globs": f"{{val: [{ONE_TILE}], unused: ['tile4/**', 'tile8/**']}}"}
+
+
 def test_aerial_land_cover(folder: Path) -> None:
-    one = "tile4/images/image_part_001"
-    split = f"{{val: [{one}], unused: ['tile4/**', 'tile8/**']}}"
-    run_recipe("aerial_land_cover", one, prepare={"split.globs": split})
+    run_recipe("aerial_land_cover", ONE_TILE, prepare=ONE_TILE_SPLIT)
+
+
+def test_aerial_land_cover_over_s3(folder: Path, s3_prefix: str) -> None:
+    run_recipe("aerial_land_cover", ONE_TILE, s3_prefix, prepare=ONE_TILE_SPLIT, train=SMALL_UNET)
+    assert sorted(path.name for path in folder.iterdir()) == ["data"]
 
 
 def test_demo(folder: Path) -> None:
