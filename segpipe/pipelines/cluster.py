@@ -48,16 +48,18 @@ _MAX_WAVE_TASKS = 5_000
 _NO_PROGRESS_TIMEOUT_S = 2 * 3600
 _FREED_AFTER_S = 5
 """The books of a cluster lag behind: what tasks of this driver held a moment ago is not free at once."""
+_ANSWER_S = 60
+"""A process that imports torch takes its time to start."""
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
 class RayExecutor:
     """Runs on a Ray cluster, or on a Ray that it starts in-process on loopback and stops again."""
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, warn: Callable[[str], None] = lambda _: None) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
         _start_ray(self._address)
-        self.hardware = _cluster_hardware(self._address) if self._address else this_machine()
+        self.hardware = _cluster_hardware(self._address, warn) if self._address else this_machine()
 
     def inspect(
         self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
@@ -186,6 +188,9 @@ class PoolWorker:
             return
         units = zip(batch["part"].to_pylist(), batch["unit"].to_pylist(), strict=True)
         for result in self._worker.run_units(units):
+            if result.device_failed:
+                # A process never gets its GPU back after a fault of it; another one takes the units.
+                os._exit(1)
             yield _result_table(result)
 
 
@@ -303,7 +308,7 @@ def _main_thread_handlers() -> dict[signal.Signals, Any]:
     return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
-def _cluster_hardware(address: str) -> Hardware:
+def _cluster_hardware(address: str, warn: Callable[[str], None]) -> Hardware:
     """Ask the nodes what they have. Raises InputError where none has a CPU for work."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
@@ -311,22 +316,36 @@ def _cluster_hardware(address: str) -> Hardware:
         raise InputError(
             "the cluster has no CPUs for work", address, "Wait for its nodes, or raise min_workers."
         )
-    holders = [node for node in nodes if node.get("GPU", 0) >= 1]
-    gpus = sum(int(node["GPU"]) for node in holders)
-    precision = "bf16"
-    if gpus:
-        precision = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_precision_of_gpu).remote())
+    # A GPU beside no CPU for work can hold no worker.
+    holders = [node for node in nodes if node.get("GPU", 0) >= 1 and node.get("CPU", 0) >= 1]
     return Hardware(
         nodes=len(cpus),
         cpus=sum(cpus),
-        gpus=gpus,
-        gpu_precision=precision,
-        cpus_per_node=min(int(node.get("CPU", 0)) for node in holders) if gpus else min(cpus),
+        gpus=sum(int(node["GPU"]) for node in holders),
+        gpu_precision=lambda: _ask_a_gpu(warn),
+        cpus_per_node=min((int(node["CPU"]) for node in holders), default=min(cpus)),
         gpus_per_node=max((int(node["GPU"]) for node in holders), default=0),
+        least_cpus=min(cpus),
     )
 
 
+def _ask_a_gpu(warn: Callable[[str], None]) -> str:
+    call = ray.remote(num_gpus=1, num_cpus=0)(_precision_of_gpu).remote()
+    ready, _ = ray.wait([call], timeout=_ANSWER_S)
+    if not ready:
+        warn("others use the cluster: no GPU has answered yet what it computes in; waiting for one")
+    return str(_task_value(call))
+
+
 def _precision_of_gpu() -> str:
+    import torch
+
     from segpipe.inference.device import resolve_precision
 
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"torch {torch.__version__} cannot use the GPU of a node",
+            os.uname().nodename,
+            "Its driver may be too old for this torch: look at `nvidia-smi` there.",
+        )
     return resolve_precision("cuda:0")

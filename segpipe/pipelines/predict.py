@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,13 +176,13 @@ def nothing_written() -> Iterator[None]:
         raise InputError(error.what, error.where, error.fix or "Correct the path.") from error
 
 
-def start_executor(config: SegpipeConfig) -> Executor:
-    """Start the executor that the config names."""
+def start_executor(config: SegpipeConfig, warn: Callable[[str], None] = lambda _: None) -> Executor:
+    """Start the executor that the config names; ``warn`` is told what it must wait for."""
     if config.cluster.executor == "local":
         return LocalExecutor()
     from segpipe.pipelines.cluster import RayExecutor
 
-    return RayExecutor(config.cluster.address)
+    return RayExecutor(config.cluster.address, warn)
 
 
 def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
@@ -191,7 +192,7 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
     """
     storage = open_storage(job.output)
     with _scenes(job, need_labels, events) as scenes:
-        executor = start_executor(job.config)
+        executor = start_executor(job.config, events.warning)
         try:
             with nothing_written():
                 facts, pool, hardware = _resolve(job, storage, executor.hardware)
@@ -217,7 +218,8 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
 def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
     """Plan in memory and write nothing; Ray is started only to ask a cluster that is named."""
     storage = open_storage(job.output)
-    executor = start_executor(job.config) if job.config.cluster.address else LocalExecutor()
+    named = job.config.cluster.address or os.environ.get("RAY_ADDRESS")
+    executor = start_executor(job.config, events.warning) if named else LocalExecutor()
     totals = PlanTotals()
     try:
         with _scenes(job, need_labels, events) as scenes, nothing_written():
@@ -258,12 +260,12 @@ def _scenes(job: Job, need_labels: bool, events: Events) -> SceneList:
 
 def _resolve(job: Job, storage: Storage, hardware: Hardware) -> tuple[Facts, Pool, Hardware]:
     if job.masks is not None:
-        hardware = Hardware(hardware.nodes, hardware.cpus, 0, cpus_per_node=hardware.cpus_per_node)
+        hardware = hardware.without_gpus()
         return mask_facts(job.config, job.masks.facts), plan_pool(hardware, job.config), hardware
     existing = read_run(storage)
     pool = plan_pool(hardware, job.config)
-    facts = resolve_facts(job.config, job.card, hardware, pool)
-    return (existing.facts if existing else facts), pool, hardware
+    facts = existing.facts if existing else resolve_facts(job.config, job.card, hardware, pool)
+    return facts, pool, hardware
 
 
 def _run_info(job: Job, facts: Facts) -> RunInfo:

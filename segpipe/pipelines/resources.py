@@ -6,6 +6,7 @@ Nothing here looks at a timing: the same hardware and config always give the sam
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from segpipe.config.card import ModelCard
@@ -22,6 +23,12 @@ _CUT_FACTS = ("block_px", "unit_px")
 _ALL_FACTS = (*_CUT_FACTS, "tile_px", "margin_px", "blend", "batch_size", "precision", "compile")
 
 
+def _gpu_precision() -> str:
+    from segpipe.inference.device import resolve_precision
+
+    return resolve_precision("cuda:0")
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What a run may use: this machine, or the nodes of a Ray cluster."""
@@ -30,12 +37,18 @@ class Hardware:
     cpus: int
     """CPUs of all nodes together."""
     gpus: int
-    gpu_precision: str = "bf16"
-    """What ``precision: auto`` means on these GPUs."""
+    gpu_precision: Callable[[], str] = _gpu_precision
+    """Asks a GPU what ``precision: auto`` means on it; on a cluster this may wait for the work of others."""
     cpus_per_node: int = 0
     """Fewest CPUs of a node that may hold a worker; 0 = ``cpus``."""
     gpus_per_node: int = 0
     """Most GPUs of a node; 0 = ``gpus``."""
+    least_cpus: int = 0
+    """Fewest CPUs of any node; 0 = ``cpus_per_node``."""
+
+    def without_gpus(self) -> Hardware:
+        """The same nodes for work that needs no GPU."""
+        return Hardware(self.nodes, self.cpus, 0, cpus_per_node=self.least_cpus or self.cpus_per_node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +70,7 @@ def this_machine() -> Hardware:
         import torch
 
         gpus = torch.cuda.device_count()
-    return Hardware(nodes=1, cpus=cpus, gpus=gpus, gpu_precision=_gpu_precision() if gpus else "bf16")
-
-
-def _gpu_precision() -> str:
-    from segpipe.inference.device import resolve_precision
-
-    return resolve_precision("cuda:0")
+    return Hardware(nodes=1, cpus=cpus, gpus=gpus)
 
 
 def plan_pool(hardware: Hardware, config: SegpipeConfig) -> Pool:
@@ -117,7 +124,7 @@ def resolve_facts(config: SegpipeConfig, card: ModelCard, hardware: Hardware, po
         )
     precision: str = asked.precision
     if precision == "auto":
-        precision = hardware.gpu_precision if device == "cuda" else "fp32"
+        precision = hardware.gpu_precision() if device == "cuda" else "fp32"
     if precision == "fp16" and device == "cpu":
         raise ConfigError("fp16 needs a GPU", "inference.precision", "Use fp32 or auto.")
     unit_px = asked.unit_px

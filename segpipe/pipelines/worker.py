@@ -67,6 +67,8 @@ class UnitResult:
     fatal: bool = False
     """Deferred by something that will stop every unit: storage that refuses, a full disk."""
     bug: bool = False
+    device_failed: bool = False
+    """Deferred by a fault of the GPU, which this process will meet with every unit."""
 
 
 class _Budget:
@@ -314,6 +316,7 @@ def _deferred(result: UnitResult, error: BaseException) -> UnitResult:
         first_line = result.error.partition("\n")[0].removesuffix(".")
         result.error = f"out of memory ({first_line}). Free memory, or start anew with smaller batch_size."
     elif not expected:
+        result.device_failed = type(error).__name__ == "AcceleratorError"
         result.bug = True
         result.error = f"{type(error).__name__}: {result.error}"
     return result

@@ -19,8 +19,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from segpipe.errors import IncompleteError, first_line
+from segpipe.pipelines.events import counted
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.training.comm import Comm
 from segpipe.training.history import ScoreRow, StepRow
@@ -29,6 +31,8 @@ from segpipe.training.worker import Tell, WorkerTask, run_worker
 
 _POLL_S: Final = 0.5
 _COLLECTIVE_TIMEOUT_S: Final = 1800
+_ROOM_LOOK_S: Final = 10
+_ROOM_WAIT_S: Final = 45  # nodes of an autoscaler take minutes, a free place a moment
 _LOOPBACK: Final = "127.0.0.1"
 _LOOPBACK_INTERFACE: Final = "lo" if sys.platform == "linux" else "lo0"
 
@@ -58,15 +62,19 @@ def train_on_ray(task: WorkerTask, pool: TrainPool, tell: Tell) -> None:
     Raises what a worker raised, or `IncompleteError` where workers were lost more often than is allowed.
     """
     _configure_train(_is_local(task))
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    # On the driver's node: one that is taken away must not take the board along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     with tempfile.TemporaryDirectory(prefix="segpipe-train-", ignore_cleanup_errors=True) as folder:
         ended: list[BaseException | None] = []
         # In a thread of its own, so that Ctrl-C is heard here and the board is read meanwhile.
         thread = threading.Thread(target=_fit, args=(task, pool, board, folder, ended), daemon=True)
         thread.start()
+        room = _RoomWatch(pool, tell)
         while thread.is_alive():
             thread.join(_POLL_S)
             _read_board(board, tell, task.output)
+            room.look()
         _read_board(board, tell, task.output)
     error = ended[0] if ended else None
     if error is not None:
@@ -75,6 +83,30 @@ def train_on_ray(task: WorkerTask, pool: TrainPool, tell: Tell) -> None:
             task.output,
             "The same command goes on from the newest checkpoint.",
         ) from error
+
+
+class _RoomWatch:
+    """Says so once where the workers find no place: Ray Train waits without an end, and without a word."""
+
+    def __init__(self, pool: TrainPool, tell: Tell) -> None:
+        kinds = f"{pool.cpus_per_worker:g} CPU" + (" and 1 GPU" if pool.device == "cuda" else "")
+        workers = counted(pool.least, "worker")
+        self._line = f"no room yet: {workers} of {kinds} each must wait for nodes, or for the work of others"
+        self._tell = tell
+        self._looked_s = self._placed_s = time.monotonic()
+        self._told = False
+
+    def look(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._looked_s < _ROOM_LOOK_S:
+            return
+        self._looked_s = now_s
+        groups = ray.util.placement_group_table().values()
+        if all(group["state"] in ("CREATED", "REMOVED") for group in groups):
+            self._placed_s, self._told = now_s, False
+        elif now_s - self._placed_s > _ROOM_WAIT_S and not self._told:
+            self._told = True
+            self._tell(self._line)
 
 
 def _is_local(task: WorkerTask) -> bool:

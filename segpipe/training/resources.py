@@ -52,14 +52,18 @@ def plan_training(hardware: Hardware, config: TrainConfig) -> TrainPool:
             f"{least} workers, but there are {room} {what}", "cluster.workers", f"Ask for at most {room}."
         )
     node_cpus = hardware.cpus_per_node or hardware.cpus
-    share = max(1, node_cpus // -(-most // max(1, hardware.nodes)))
-    reserved = max(0.1, min((hardware.cpus - 0.5) / most, share))
+    workers_per_node = -(-most // max(1, hardware.nodes))
+    if hardware.gpus:
+        workers_per_node = min(most, hardware.gpus_per_node or hardware.gpus)
+    share = max(1, node_cpus // workers_per_node)
+    # A worker that asked for more than its share of the smallest node might never find a place.
+    reserved = min((hardware.cpus - 0.5) / most, node_cpus / workers_per_node)
     if least < most and not hardware.gpus:
         reserved = _CPUS_OF_ONE_IN_A_RANGE
     threads, loaders = cluster.threads_per_worker, cluster.loader_threads
     precision: str = config.train.precision
     if precision == "auto":
-        precision = hardware.gpu_precision if hardware.gpus else "fp32"
+        precision = hardware.gpu_precision() if hardware.gpus else "fp32"
     return TrainPool(
         least=least,
         most=most,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -134,7 +135,8 @@ def make_card(config: TrainConfig, dataset: PreparedDataset) -> ModelCard:
 def plan_only(job: TrainJob) -> TrainPlan:
     """What a training would do; Ray is started only to ask a cluster that is named. Writes nothing."""
     config = job.config
-    executor = _start(config) if config.cluster.address is not None else LocalExecutor()
+    named = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    executor = _start(config) if named else LocalExecutor()
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
@@ -154,7 +156,7 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
     config = job.config
     storage = open_storage(job.output)
     _warn_of_classes(job, events)
-    executor = _start(config)
+    executor = _start(config, events.warning)
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
@@ -193,9 +195,9 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=changes)
 
 
-def _start(config: TrainConfig) -> Executor:
+def _start(config: TrainConfig, warn: Callable[[str], None] = lambda _: None) -> Executor:
     cluster = ClusterConfig(executor=config.cluster.executor, address=config.cluster.address)
-    return start_executor(SegpipeConfig(cluster=cluster))
+    return start_executor(SegpipeConfig(cluster=cluster), warn)
 
 
 def _adopted(job: TrainJob, pool: TrainPool, storage: Storage, events: TrainEvents) -> TrainRun:

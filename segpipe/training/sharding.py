@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -13,15 +13,19 @@ _OWN_SHARD_NUMEL = 1 << 20
 
 def shard(model: nn.Module) -> None:
     """Shard a network in place: each large part by itself, so that few whole parameters are held at once."""
-    for child in model.children():
-        if sum(p.numel() for p in child.parameters()) >= _OWN_SHARD_NUMEL and _is_called(child):
-            fully_shard(child)
+    for part in _parts(model):
+        if sum(p.numel() for p in part.parameters()) >= _OWN_SHARD_NUMEL:
+            fully_shard(part)
     fully_shard(model)
 
 
-def _is_called(child: nn.Module) -> bool:
-    """Lists of modules are never called themselves, and sharding works where a module is called."""
-    return not isinstance(child, (nn.ModuleList, nn.ModuleDict))
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """What is surely called: sharding works where a module is called, and some walk through a container."""
+    for child in model.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            yield from _parts(child)
+        else:
+            yield child
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

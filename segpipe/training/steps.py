@@ -142,6 +142,8 @@ class Stepper:
         grad_norm = None
         if clip is not None:
             grad_norm = nn.utils.clip_grad_norm_(self._network.plain.parameters(), clip)
+            if hasattr(grad_norm, "full_tensor"):  # of sharded parameters: each worker holds a part
+                grad_norm = grad_norm.full_tensor()
         if self.scaler is None:
             optimizer.step()
         else:

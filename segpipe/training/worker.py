@@ -13,7 +13,7 @@ import torch
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.batches import BatchStream, TrainBatch
 from segpipe.datasets.prepared import PreparedDataset, open_dataset
-from segpipe.errors import CheckError, ConfigError
+from segpipe.errors import CheckError, ConfigError, StorageRefused
 from segpipe.inference.memory import keep_freed_pages
 from segpipe.metrics import Scores
 from segpipe.storage import Storage, open_storage
@@ -111,6 +111,7 @@ class _Training:
         self._trackers = Trackers((), self._tell)
         self._pending: tuple[StepOutcome, float] | None = None
         self._last_s = 0.0
+        self._keeps_all = False
 
     def run(self, loader_threads: int) -> None:
         self._resume()
@@ -299,9 +300,18 @@ class _Training:
         if self._comm.leads:
             self._history.flush(step)
             put_checkpoint(self._storage, step, encode_checkpoint(Checkpoint(self._progress, tensors)))
-            prune(self._storage, self._config.checkpoints.keep_last, [self._progress.best_step])
+            self._prune()
             self._trackers.save(self._storage)
         self._comm.barrier()
+
+    def _prune(self) -> None:
+        if self._keeps_all:
+            return
+        try:
+            prune(self._storage, self._config.checkpoints.keep_last, [self._progress.best_step])
+        except StorageRefused as error:
+            self._keeps_all = True
+            self._tell(f"old checkpoints stay: {error}")
 
 
 def _silent(_: StepRow | ScoreRow | str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from segpipe.config.model import SegpipeConfig
+from segpipe.config.train import TrainConfig
 from segpipe.pipelines.resources import Hardware, plan_pool, units_per_task
+from segpipe.training.resources import plan_training
 
 
 def config_for(workers: int | None) -> SegpipeConfig:
@@ -31,21 +35,60 @@ def test_all_workers_of_a_cluster_without_gpus_find_a_place_and_a_cpu_is_left(
     assert pool.threads_per_worker >= 1
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=8).filter(
-        lambda nodes: any(gpus for _, gpus in nodes)
-    )
-)
-def test_every_gpu_of_a_mixed_cluster_gets_its_worker(nodes: list[tuple[int, int]]) -> None:
+def mixed(nodes: list[tuple[int, int]]) -> Hardware:
+    """Nodes of (CPUs, GPUs), as a cluster tells of them."""
     holders = [(cpus, gpus) for cpus, gpus in nodes if gpus]
-    total = sum(gpus for _, gpus in nodes)
-    hardware = Hardware(
-        len(nodes), sum(cpus for cpus, _ in nodes), total,
+    return Hardware(
+        len(nodes), sum(cpus for cpus, _ in nodes), sum(gpus for _, gpus in nodes),
         cpus_per_node=min(cpus for cpus, _ in holders), gpus_per_node=max(gpus for _, gpus in holders),
+        least_cpus=min(cpus for cpus, _ in nodes),
     )  # fmt: skip
+
+
+def train_config(workers: object, global_batch: int) -> TrainConfig:
+    train = {"steps": 1, "global_batch": global_batch}
+    values = {"data": {"uri": "d"}, "train": train, "cluster": {"workers": workers}}
+    return TrainConfig.model_validate(values)
+
+
+some_nodes_with_gpus = st.lists(
+    st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=8
+).filter(lambda nodes: any(gpus for _, gpus in nodes))
+
+
+@given(some_nodes_with_gpus)
+def test_every_gpu_of_a_mixed_cluster_gets_its_worker(nodes: list[tuple[int, int]]) -> None:
+    hardware = mixed(nodes)
     pool = plan_pool(hardware, config_for(None))
-    assert (pool.workers, pool.gpus_per_worker) == (total, 1)
-    assert sum(places(cpus, gpus, pool.cpus_per_worker, True) for cpus, gpus in nodes) == total
+    assert (pool.workers, pool.gpus_per_worker) == (hardware.gpus, 1)
+    assert sum(places(cpus, gpus, pool.cpus_per_worker, True) for cpus, gpus in nodes) == hardware.gpus
+
+
+@given(some_nodes_with_gpus)
+def test_every_gpu_of_a_mixed_cluster_has_room_for_a_worker_of_a_training(
+    nodes: list[tuple[int, int]],
+) -> None:
+    hardware = replace(mixed(nodes), gpu_precision=lambda: "bf16")
+    pool = plan_training(hardware, train_config([1, hardware.gpus], 64))
+    assert (pool.most, pool.device, pool.precision) == (hardware.gpus, "cuda", "bf16")
+    assert sum(places(cpus, gpus, pool.cpus_per_worker, True) for cpus, gpus in nodes) == hardware.gpus
+    assert pool.cpus_per_worker > 0
+    assert min(pool.threads_per_worker, pool.loader_threads) >= 1
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=8), st.data())
+def test_workers_of_a_training_on_cpus_find_their_places(cpus: list[int], data: st.DataObject) -> None:
+    workers = data.draw(st.integers(1, sum(cpus)))
+    hardware = Hardware(len(cpus), sum(cpus), 0, cpus_per_node=min(cpus))
+    pool = plan_training(hardware, train_config(workers, 2 * workers))
+    assert sum(places(n, 0, pool.cpus_per_worker, False) for n in cpus) >= workers
+
+
+@given(some_nodes_with_gpus)
+def test_work_without_gpus_finds_its_places_on_a_mixed_cluster(nodes: list[tuple[int, int]]) -> None:
+    pool = plan_pool(mixed(nodes).without_gpus(), config_for(None))
+    assert (pool.workers, pool.gpus_per_worker) == (len(nodes), 0)
+    assert sum(places(cpus, 0, pool.cpus_per_worker, False) for cpus, _ in nodes) >= len(nodes)
 
 
 @pytest.mark.parametrize(("num_units", "unit_px", "workers"), [(1, 1e3, 1), (100_000, 1e3, 1), (7, 1e9, 100)])

@@ -36,6 +36,17 @@ def test_a_worker_that_dies_once_is_replaced_and_every_unit_is_done_once(
     assert_quiet(command.stderr)
 
 
+def test_a_worker_whose_gpu_failed_is_replaced_and_every_unit_is_done(
+    archive: Archive, undisturbed: dict[str, bytes], folder: Path
+) -> None:
+    env = {"FAULT_SCENE": "big", "FAULT_KIND": "gpu", "FAULT_MARKER": str(folder / "marker")}
+    code, command = run(archive.predict(folder / "run"), folder, env=env)
+    assert code == 0, command.stderr
+    assert (folder / "marker").exists()
+    assert mask_objects(folder / "run") == undisturbed
+    assert_quiet(command.stderr)
+
+
 def test_a_unit_that_kills_its_worker_becomes_a_failed_row_and_the_rest_is_done(
     archive: Archive, undisturbed: dict[str, bytes], folder: Path
 ) -> None:

@@ -12,7 +12,7 @@ from tiny import tiny_dataset
 
 from segpipe.config.train import ValidationConfig
 from segpipe.datasets.prepared import open_dataset
-from segpipe.errors import CheckError, ConfigError, IncompleteError, InputError, StorageFull
+from segpipe.errors import CheckError, ConfigError, IncompleteError, InputError, StorageFull, StorageRefused
 from segpipe.models.file import load_model
 from segpipe.storage import open_storage
 from segpipe.storage.local import LocalStorage
@@ -269,6 +269,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     monkeypatch.undo()
     assert list_checkpoints(open_storage(str(tmp_path / "run"))) == [4, 6]
     assert train(config).steps == 12
+
+
+def test_a_store_that_refuses_to_delete_keeps_all_checkpoints_and_says_so_once(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: LocalStorage, key: str) -> None:
+        raise StorageRefused("access denied", self.uri(key))
+
+    monkeypatch.setattr(LocalStorage, "delete", refuse)
+    seen = Seen()
+    train(tiny_config(uri, tmp_path / "run", checkpoints__every_steps=2, checkpoints__keep_last=1), seen)
+    assert list_checkpoints(open_storage(str(tmp_path / "run"))) == [2, 4, 6, 8, 10, 12]
+    assert [text for text in seen.texts if "old checkpoints stay: " in text] == seen.texts[-1:]
 
 
 def test_a_training_that_is_not_at_its_end_is_not_finished(uri: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Kills processes from within, for tests: Python imports this first where its folder is on PYTHONPATH.
 
 FAULT_SCENE   part of the id of the scene whose pixels, once read, end the process by SIGKILL
+FAULT_KIND    "gpu": it does not end, but has a GPU that fails from then on
 FAULT_MARKER  a file that stands for "it has happened": with it, only once
 FAULT_START   "kill": a worker's process ends while it starts
 FAULT_SLOW_S  seconds that every block takes longer
@@ -18,6 +19,14 @@ _MODULE = "segpipe.pipelines.segment"
 
 def _die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lose_gpu():
+    global _lost
+    _lost = True
+
+
+_lost = False
 
 
 def _once():
@@ -40,7 +49,11 @@ def _patch(module):
         time.sleep(float(os.environ.get("FAULT_SLOW_S", "0")))
         wanted = os.environ.get("FAULT_SCENE")
         if wanted and wanted in scene.source.scene_id and _once():
-            _die()
+            _lose_gpu() if os.environ.get("FAULT_KIND") == "gpu" else _die()
+        if _lost:
+            import torch
+
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         return result
 
     def make_and_fail(*args):

@@ -1,0 +1,86 @@
+"""What a cluster without room, or without an answer, tells the user. Ray's books are set by the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ray
+
+from segpipe.errors import InputError
+from segpipe.pipelines import cluster
+from segpipe.training import ray_workers
+from segpipe.training.resources import TrainPool
+
+POOL = TrainPool(2, 4, 3, "cuda", "bf16", 3, 3)
+LINE = "no room yet: 2 workers of 3 CPU and 1 GPU each must wait for nodes, or for the work of others"
+
+
+def test_workers_that_find_no_place_are_named_once_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, state, told = 0.0, "PENDING", []
+    monkeypatch.setattr(ray_workers.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda: {"a": {"state": state}})
+    room = ray_workers._RoomWatch(POOL, told.append)  # type: ignore[arg-type]
+
+    def wait(seconds: float) -> list[Any]:
+        nonlocal now_s
+        before = len(told)
+        for _ in range(int(seconds / 0.5)):
+            now_s += 0.5
+            room.look()
+        return told[before:]
+
+    assert wait(40) == []
+    assert wait(600) == [LINE]
+    state = "CREATED"
+    assert wait(600) == []
+    state = "RESCHEDULING"
+    assert wait(600) == [LINE]
+
+
+class _Call:
+    """Stands for a task that asks a GPU."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    def remote(self, *_: object) -> _Call:
+        return self
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_gpu_that_does_not_answer_at_once_is_waited_for_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: _Call("fp16"))
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls if ready else [], []))
+    monkeypatch.setattr(ray, "get", lambda call: call.answer)
+    assert cluster._ask_a_gpu(told.append) == "fp16"
+    assert len(told) == (0 if ready else 1)
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_that_names_the_node() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(InputError, match=r"cannot use the GPU of a node.*driver"):
+        cluster._precision_of_gpu()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "cpus_per_node", "least"),
+    [
+        ([{"CPU": 16}, {"CPU": 8, "GPU": 2}], 2, 8, 8),
+        ([{"GPU": 4}, {"CPU": 8, "GPU": 2}], 2, 8, 8),  # a head that gives no CPU to work
+        ([{"CPU": 4}, {"CPU": 48, "GPU": 1}], 1, 48, 4),
+        ([{"GPU": 4}, {"CPU": 8}], 0, 8, 8),
+    ],
+)
+def test_only_gpus_beside_a_cpu_hold_workers(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], gpus: int, cpus_per_node: int, least: int
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    hardware = cluster._cluster_hardware("address", lambda _: None)
+    assert (hardware.gpus, hardware.cpus_per_node, hardware.least_cpus) == (gpus, cpus_per_node, least)
