@@ -55,11 +55,12 @@ class Samples(Dataset[tuple[Any, Any]]):
     def __init__(self, dataset: PreparedDataset, config: TrainConfig) -> None:
         self._dataset, self._config = dataset, config.data
         self._groups = dataset.groups(config.data.train_splits)
-        self._reader = GroupReader(dataset)
+        self._reader: GroupReader | None = None  # each process makes its own
         self._read: dict[int, list[EncodedSample]] = {}
 
     def __getitem__(self, item: Item) -> tuple[Any, Any]:
         epoch, group, row = item
+        self._reader = self._reader or GroupReader(self._dataset)
         if group not in self._read:
             self._read[group] = self._reader.read(self._groups[group])
         sample, dataset = self._read[group][row], self._dataset
