@@ -228,9 +228,7 @@ def _of_http(error: Exception, where: str) -> Exception:
     """What a client of HTTP raised, told by its status; whatever else it is, by its name."""
     status = getattr(error, "status", None) or getattr(error, "code", None)
     if status in (401, 403):
-        return StorageRefused(
-            f"access denied (HTTP {status})", where, "Check the credentials for this store."
-        )
+        return StorageRefused(f"access denied (HTTP {status})", where, _CREDENTIALS)
     if isinstance(status, int) and (status in _PASSING or status >= 500):
         return Transient(f"HTTP {status}")
     if isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)):

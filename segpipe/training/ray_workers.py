@@ -101,7 +101,10 @@ class _RoomWatch:
         if now_s - self._looked_s < _ROOM_LOOK_S:
             return
         self._looked_s = now_s
-        groups = ray.util.placement_group_table().values()
+        try:
+            groups = ray.util.placement_group_table().values()
+        except RayError:
+            return  # the board tells of it
         if all(group["state"] in ("CREATED", "REMOVED") for group in groups):
             self._placed_s, self._told = now_s, False
         elif now_s - self._placed_s > _ROOM_WAIT_S and not self._told:
