@@ -42,7 +42,7 @@ from segpipe.inference.memory import keep_freed_pages
 
 pytestmark = pytest.mark.benchmark
 
-ROUNDS = 3
+ROUNDS = 2
 BATCHES = 60
 
 Item = tuple[int, int, int]
