@@ -230,8 +230,6 @@ class BufferedWriter:
         if self._rows:
             self._writer.write_table(pa.concat_tables(self._tables), row_group_size=self._group_rows)
         self._tables, self._rows = [], 0
-        # Writing leaves 5 MB of pages behind that Arrow would keep.
-        pa.default_memory_pool().release_unused()
 
 
 def _scene_table(sums: SceneSums, schema: Any) -> Any:
