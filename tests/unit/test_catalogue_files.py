@@ -1,0 +1,128 @@
+"""Catalogues in CSV and Parquet: what their columns give a scene, and what is refused."""
+
+from __future__ import annotations
+
+import datetime as dt
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scene_inputs import fault, ids, put, scenes
+
+from segpipe.config.model import InputConfig
+from segpipe.rasters import catalogue_file
+from segpipe.rasters.catalogue import list_scenes
+
+
+def test_a_csv_catalogue_gives_ids_labels_masks_times_and_typed_columns(root: str) -> None:
+    put(root, "img/a.tif", "img/b.tif", "img/c.tif", "truth/a.png", "m/a.tif")
+    text = (
+        "\ufeffuri,scene_id,label,valid,datetime,city,cloud,flight,day,ok\n"
+        'img/c.tif,zz/1,,,,"Kampala, north",0.5,7,2024-05-01,true\n'
+        "img/a.tif,aa/2,../cat/truth/a.png,m/a.tif,2024-05-01T10:00:00Z,NA,1,8,2024-05-02,false\n"
+        "img/b.tif,mm/3,,,,,,,,\n"
+    )
+    put(root, "cat.csv", data=text.replace("../cat/", "").encode())
+    found = scenes(f"{root}/cat.csv", need_labels=True)
+    assert [source.scene_id for source in found] == ["zz/1", "aa/2", "mm/3"]  # the rows' own order
+    assert [source.label_uri for source in found] == [None, f"{root}/truth/a.png", None]
+    assert [source.valid_uri for source in found] == [None, f"{root}/m/a.tif", None]
+    assert [source.datetime for source in found] == [None, "2024-05-01T10:00:00Z", None]
+    day = dt.date(2024, 5, 1)
+    assert found[0].extra == {"city": "Kampala, north", "cloud": 0.5, "flight": 7, "day": day, "ok": True}
+    assert found[1].extra["city"] == "NA"
+    assert set(found[2].extra.values()) == {None}
+
+
+def test_catalogue_types_fit_all_rows_however_late_they_change(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue_file, "_BLOCK_BYTES", 4096)
+    put(root, "a.tif")
+    rows = [f"a.tif,s{index:06d},{index},{index}" for index in range(2_000)]
+    rows[-1] = "a.tif,last,late,0.5"
+    put(root, "cat.csv", data=("uri,scene_id,mixed,number\n" + "\n".join(rows)).encode())
+    with list_scenes(
+        InputConfig(scenes=(f"{root}/cat.csv",), valid="none"), None, need_labels=False
+    ) as found:
+        assert found.extra_schema == pa.schema([("mixed", pa.string()), ("number", pa.float64())])
+        first = next(found.pages(10))[0][0]
+        assert len(found) == 2_000
+    assert first.extra == {"mixed": "0", "number": 0.0}
+
+
+def test_a_parquet_catalogue_keeps_its_types(tmp_path: Path) -> None:
+    put(str(tmp_path), "img/b.tif", "img/a.tif")
+    when = dt.datetime(2024, 5, 1, 10, tzinfo=dt.UTC)
+    columns = {
+        "uri": ["img/b.tif", "img/a.tif"],
+        "datetime": pa.array([when, None], pa.timestamp("ns", "UTC")),
+        "price": pa.array([Decimal("1.50"), None], pa.decimal128(9, 2)),
+        "wkb": [b"\x01\x02", None],
+        "tags": [["x", "y"], []],
+        "nested": [{"k": 1}, None],
+        "seen": pa.array([when, None], pa.timestamp("ns", "UTC")),
+        "kind": pa.array(["u", "r"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "cat.parquet")
+    second, first = scenes(str(tmp_path / "cat.parquet"))
+    assert (second.scene_id, first.scene_id) == ("img/b", "img/a")
+    assert second.datetime == "2024-05-01T10:00:00+00:00"
+    assert second.extra == {
+        "price": Decimal("1.50"),
+        "wkb": b"\x01\x02",
+        "tags": ["x", "y"],
+        "nested": {"k": 1},
+        "seen": when,
+        "kind": "u",
+    }
+    assert first.extra["price"] is None
+
+
+def test_inputs_keep_their_order_beside_a_catalogue(root: str) -> None:
+    put(root, "z/b.tif", "z/a.tif", "c/y.tif", "c/x.tif")
+    put(root, "c/cat.csv", data=b"uri\ny.tif\nx.tif\n")
+    assert ids(f"{root}/z", f"{root}/c/cat.csv") == ["a", "b", "y", "x"]
+
+
+def test_an_empty_label_cell_means_no_counts_even_beside_a_template(root: str) -> None:
+    put(root, "a.tif", "b.tif", "a.png", "b.png")
+    put(root, "cat.csv", data=b"uri,label\na.tif,\nb.tif,a.png\n")
+    found = scenes(f"{root}/cat.csv", labels="{stem}.png")
+    assert [source.label_uri for source in found] == [None, f"{root}/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("path\na.tif\n", "needs a column 'uri'; found: path"),
+        ("uri,uri\na.tif,a.tif\n", "two columns are called 'uri'"),
+        ("uri,x\na.tif\n", "cannot be read"),
+        ("uri,x\na.tif,1\n,2\n", "row 2 has no uri"),
+        ("uri,scene_id\na.tif,\n", "row 1 has no scene_id"),
+        ("", "cannot be read"),
+        ("uri\n", "no scene there"),
+        ("uri\nmissing.tif\n", "no such file"),
+        ("uri,scene_id\na.tif,../up\n", "climbs out"),
+    ],
+)
+def test_broken_catalogues_are_refused_by_name(tmp_path: Path, text: str, reason: str) -> None:
+    put(str(tmp_path), "a.tif")
+    put(str(tmp_path), "cat.csv", data=text.encode())
+    message = fault(str(tmp_path / "cat.csv"))
+    assert reason in message
+    assert "cat.csv" in message or "missing.tif" in message
+
+
+def test_a_text_named_parquet_is_refused(tmp_path: Path) -> None:
+    put(str(tmp_path), "cat.parquet", data=b"uri\n")
+    assert "no valid Parquet file" in fault(str(tmp_path / "cat.parquet"))
+
+
+def test_catalogues_whose_columns_contradict_are_refused(tmp_path: Path) -> None:
+    put(str(tmp_path), "a.tif", "b.tif")
+    put(str(tmp_path), "one.csv", data=b"uri,x\na.tif,1\n")
+    put(str(tmp_path), "two.csv", data=b"uri,x\nb.tif,word\n")
+    assert "do not fit" in fault(str(tmp_path / "one.csv"), str(tmp_path / "two.csv"))

@@ -1,0 +1,95 @@
+"""The engine's pieces, one by one: kernels, folding, compilation's errors, device facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from engines import TILE_PX
+from torch import Tensor, nn
+
+from segpipe.errors import ConfigError
+from segpipe.geometry.grid import make_grid
+from segpipe.inference import kernels
+from segpipe.inference.device import default_batch_size, has_bf16_units, pick_device, resolve_precision
+from segpipe.inference.jobs import BlockJob
+from segpipe.inference.network import first_call, fold_batch_norms
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 19])
+@pytest.mark.parametrize("low", [(8, 8), (7, 13), (64, 64), (1, 3)])
+def test_compiled_upsampling_equals_interpolate_and_argmax(classes: int, low: tuple[int, int]) -> None:
+    torch.manual_seed(classes)
+    for smooth in (1, 3):
+        logits = F.avg_pool2d(torch.randn(1, classes, *low), smooth, 1, smooth // 2)
+        expected = (
+            F.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False).argmax(1)[0].numpy()
+        )
+        low_logits = logits[0].permute(1, 2, 0).contiguous().numpy()
+        mask = np.full((70, 70), 9, np.uint8)
+        kernels.classes_from_low(low_logits, 64, (5, 64, 0, 50), mask, 2, 3)
+        np.testing.assert_array_equal(mask[2:61, 3:53], expected[5:, :50])
+        mask[2:61, 3:53] = 9
+        assert (mask == 9).all(), "written outside of the cell"
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_equal_logits_go_to_the_first_class(classes: int) -> None:
+    low_logits = np.zeros((4, 4, classes), np.float32)
+    low_logits[2:] = np.arange(classes, 0, -1, dtype=np.float32) % classes
+    mask = np.full((32, 32), 9, np.uint8)
+    kernels.classes_from_low(low_logits, 32, (0, 32, 0, 32), mask, 0, 0)
+    logits = torch.from_numpy(low_logits).permute(2, 0, 1)[None]
+    expected = F.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False)
+    np.testing.assert_array_equal(mask, expected.argmax(1)[0].numpy())
+    kernels.classes_from_full(np.zeros((32, 32, classes), np.float32), (0, 32, 0, 32), mask, 0, 0)
+    assert (mask == 0).all()
+
+
+def test_folding_keeps_the_logits_and_leaves_the_model_alone(unet: nn.Module) -> None:
+    x = torch.randn(1, 3, TILE_PX, TILE_PX)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    folded = fold_batch_norms(unet)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), unet(x), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[name], value) for name, value in unet.state_dict().items())
+
+
+def test_failing_compilation_says_what_to_install() -> None:
+    def no_compiler(x: Tensor) -> Tensor:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    with pytest.raises(ConfigError, match=r"inference\.compile.*No working C\+\+ compiler.*Install"):
+        first_call(no_compiler, torch.zeros(1), compile_network=True)
+    with pytest.raises(RuntimeError, match="No working"):
+        first_call(no_compiler, torch.zeros(1), compile_network=False)
+
+
+def test_device_facts_follow_from_the_hardware(tmp_path: Any, monkeypatch: Any) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nflags : fpu avx2 avx512_bf16 sse\n")
+    assert has_bf16_units(cpuinfo)
+    cpuinfo.write_text("processor : 0\nflags : fpu avx2 avx512f\n")
+    assert not has_bf16_units(cpuinfo)
+    assert not has_bf16_units(tmp_path / "absent")
+    assert resolve_precision("cpu") == "fp32"
+    for supported, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, s=supported, **__: s)
+        assert resolve_precision("cuda:0") == expected
+    for available, expected in ((True, "cuda:0"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda a=available: a)
+        assert pick_device() == expected
+    assert default_batch_size("cpu", "fp32") < default_batch_size("cuda:0", "bf16")
+    with pytest.raises(ConfigError, match="fp8"):
+        default_batch_size("cpu", "fp8")
+
+
+def test_a_block_job_counts_its_reduced_size_up() -> None:
+    plan = make_grid(7, 10, tile_px=64, margin_px=8, block_px=99, downsample=4).block(0).tiles
+    assert BlockJob(np.zeros((3, 7, 10), np.uint8), None, plan).reduced_shape == (2, 3)
