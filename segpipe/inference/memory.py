@@ -1,4 +1,4 @@
-"""Let glibc keep the pages that torch frees: mapping them anew costs up to half of a forward pass on CPU."""
+"""Which freed pages glibc keeps: all where a model runs, none where a driver goes over to other work."""
 
 from __future__ import annotations
 
@@ -15,15 +15,27 @@ _LARGEST: Final = 2**31 - 1
 def keep_freed_pages() -> bool:
     """Tell malloc to serve large arrays from its one heap and never to give the heap back.
 
-    Threads share the heap: arenas of their own are cut into pieces of 64 MB that are unmapped when empty.
-    Holds for the whole process and cannot be undone; call it before other threads start, then they have no
-    arena yet. Returns whether it took effect: not without glibc (musl, macOS), where nothing is changed.
+    Mapping pages anew costs up to half of a forward pass on CPU. Threads share the heap: arenas of their own
+    are cut into pieces of 64 MB that are unmapped when empty. Holds for the whole process and cannot be
+    undone; call it before other threads start, then they have no arena yet. Returns whether it took effect:
+    not without glibc (musl, macOS), where nothing is changed.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if libc is None:
         return False
     options = (_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_ARENA_MAX, 1)
     results = [libc.mallopt(option, value) for option, value in options]  # every one is to be tried
     return all(results)
+
+
+def return_freed_pages() -> None:
+    """Give the system the freed pages that lie between used ones too; does nothing without glibc.
+
+    The many threads of Ray leave some 10 MB of them in a driver after a few thousand results.
+    """
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

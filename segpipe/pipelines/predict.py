@@ -21,6 +21,7 @@ from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig, as_tree
 from segpipe.config.recipe import masks_recipe, recipe, recipe_key
 from segpipe.errors import ConfigError, InputError, ObjectMissing, StorageError, StorageRefused
+from segpipe.inference.memory import return_freed_pages
 from segpipe.masks.plan import PART_SCENES, part_num_units
 from segpipe.masks.read import iter_plan
 from segpipe.masks.run import (
@@ -321,6 +322,7 @@ def _complete(
     size = units_per_task(num_missing, _mean_unit_px(storage, info), pool.workers)
     tasks = [task for units in missing for task in units.split(size)]
     deferred = _consume(executor.run(setup, pool, tasks), outcome, events)
+    return_freed_pages()  # listings and reports take what the results took
     missing, _ = missing_units(storage)
     lost = [unit for units in missing for unit in units if unit not in deferred]
     if lost:
