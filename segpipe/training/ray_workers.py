@@ -92,6 +92,8 @@ class _RoomWatch:
         kinds = f"{pool.cpus_per_worker:g} CPU" + (" and 1 GPU" if pool.device == "cuda" else "")
         workers = counted(pool.least, "worker")
         self._line = f"no room yet: {workers} of {kinds} each must wait for nodes, or for the work of others"
+        # Below its least number an elastic training asks for no placement group at all.
+        self._elastic = pool.least != pool.most
         self._tell = tell
         self._looked_s = self._placed_s = time.monotonic()
         self._told = False
@@ -105,7 +107,8 @@ class _RoomWatch:
             groups = ray.util.placement_group_table().values()
         except RayError:
             return  # the board tells of it
-        if all(group["state"] in ("CREATED", "REMOVED") for group in groups):
+        states = {group["state"] for group in groups} - {"REMOVED"}
+        if states == {"CREATED"} or not (states or self._elastic):
             self._placed_s, self._told = now_s, False
         elif now_s - self._placed_s > _ROOM_WAIT_S and not self._told:
             self._told = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,26 +17,45 @@ POOL = TrainPool(2, 4, 3, "cuda", "bf16", 3, 3)
 LINE = "no room yet: 2 workers of 3 CPU and 1 GPU each must wait for nodes, or for the work of others"
 
 
-def test_workers_that_find_no_place_are_named_once_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s, state, told = 0.0, "PENDING", []
-    monkeypatch.setattr(ray_workers.time, "monotonic", lambda: now_s)
-    monkeypatch.setattr(ray.util, "placement_group_table", lambda: {"a": {"state": state}})
-    room = ray_workers._RoomWatch(POOL, told.append)  # type: ignore[arg-type]
+class Waits:
+    """A watch over the room of workers, a clock that the test sets, and Ray's placement groups."""
 
-    def wait(seconds: float) -> list[Any]:
-        nonlocal now_s
-        before = len(told)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pool: TrainPool) -> None:
+        self.now_s, self.states = 0.0, list[str]()
+        self._told: list[Any] = []
+        monkeypatch.setattr(ray_workers.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(
+            ray.util,
+            "placement_group_table",
+            lambda: {str(i): {"state": s} for i, s in enumerate(self.states)},
+        )
+        self._room = ray_workers._RoomWatch(pool, self._told.append)  # type: ignore[arg-type]
+
+    def told_in(self, seconds: float, *states: str) -> list[Any]:
+        self.states, before = list(states), len(self._told)
         for _ in range(int(seconds / 0.5)):
-            now_s += 0.5
-            room.look()
-        return told[before:]
+            self.now_s += 0.5
+            self._room.look()
+        return self._told[before:]
 
-    assert wait(40) == []
-    assert wait(600) == [LINE]
-    state = "CREATED"
-    assert wait(600) == []
-    state = "RESCHEDULING"
-    assert wait(600) == [LINE]
+
+def test_workers_that_find_no_place_are_named_once_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = Waits(monkeypatch, replace(POOL, most=POOL.least))
+    assert waits.told_in(600) == []  # Ray Train is about to ask for one
+    assert waits.told_in(40, "PENDING") == []
+    assert waits.told_in(600, "PENDING") == [LINE]
+    assert waits.told_in(600, "CREATED") == []
+    assert waits.told_in(600, "REMOVED", "RESCHEDULING") == [LINE]
+
+
+def test_an_elastic_training_without_any_place_waits_for_its_least_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits = Waits(monkeypatch, POOL)
+    assert waits.told_in(40) == []
+    assert waits.told_in(600) == [LINE]
+    assert waits.told_in(600, "REMOVED", "CREATED") == []
+    assert waits.told_in(600, "REMOVED") == [LINE]
 
 
 class _Call:
