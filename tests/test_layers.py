@@ -24,6 +24,7 @@ LEVELS = {
     "geometry": 1,
     "config": 1,
     "errors": 0,
+    "compiled": 0,
     "segpipe": 0,
 }
 SIDEWAYS = {("masks", "rasters"), ("cli", "demo"), ("demo", "cli"), ("training", "pipelines")}

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
 
-from segpipe.config.card import IGNORE
 from segpipe.config.train import AugmentConfig
+from segpipe.datasets.augment_kernels import tint, warp
 
 Array = np.ndarray[Any, Any]
 
@@ -79,7 +78,7 @@ def augment(
     """
     preset = _PRESETS[config.preset]
     matrix = _place(pixels.shape[1:], config, preset, rng)
-    image, target = _warp_kernel()(np.ascontiguousarray(pixels), label, matrix, config.crop_px)
+    image, target = warp(np.ascontiguousarray(pixels), label, matrix, config.crop_px)
     if config.colour and config.preset != "none":
         if len(image) == 3 and pixels.dtype == np.uint8:
             image = _recolour(image, preset, config.colour, rng)
@@ -140,7 +139,7 @@ def _recolour(image: Array, preset: _Preset, strength: float, rng: np.random.Gen
     matrix = gains @ np.linalg.inv(RGB_TO_YIQ) @ rotation @ RGB_TO_YIQ / 255
     gamma = math.exp(rng.normal(0, preset.gamma) * strength)
     # Not numpy's matmul: BLAS takes 30 times as long for so flat a matrix, and threads of its own.
-    x: Array = _tint_kernel()(image, matrix.astype(np.float32), np.float32(gamma))
+    x: Array = tint(image, matrix.astype(np.float32), np.float32(gamma))
     middle = x.mean(dtype=np.float64)
     contrast = _between(preset.contrast, strength, rng)
     offset = middle * (1 - contrast) + rng.normal(0, preset.brightness) * strength
@@ -184,65 +183,3 @@ def _box(x: Array) -> Array:
     wide = np.pad(x, ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     return (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) * np.float32(1 / 9)
-
-
-@cache
-def _warp_kernel() -> Any:
-    """The compiled resampling; numba is imported at the first sample."""
-    import numba
-
-    @numba.njit(cache=True, nogil=True)
-    def mirrored(index: int, n: int) -> int:
-        period = 2 * n
-        index = index % period
-        return index if index < n else period - 1 - index
-
-    @numba.njit(cache=True, nogil=True, fastmath=False)
-    def warp(pixels: Array, label: Array, matrix: Array, crop: int) -> tuple[Array, Array]:
-        bands, height, width = pixels.shape
-        image = np.empty((bands, crop, crop), np.float32)
-        target = np.empty((crop, crop), np.uint8)
-        for row in range(crop):
-            for col in range(crop):
-                y, x = row + 0.5 - crop / 2, col + 0.5 - crop / 2
-                r = matrix[0, 0] * y + matrix[0, 1] * x + matrix[0, 2]
-                c = matrix[1, 0] * y + matrix[1, 1] * x + matrix[1, 2]
-                near_r, near_c = int(np.floor(r)), int(np.floor(c))
-                inside = 0 <= near_r < height and 0 <= near_c < width
-                target[row, col] = label[near_r, near_c] if inside else IGNORE
-                top, left = int(np.floor(r - 0.5)), int(np.floor(c - 0.5))
-                down, right = np.float32(r - 0.5 - top), np.float32(c - 0.5 - left)
-                if 0 <= top < height - 1 and 0 <= left < width - 1:
-                    r0, r1, c0, c1 = top, top + 1, left, left + 1
-                else:
-                    r0, r1 = mirrored(top, height), mirrored(top + 1, height)
-                    c0, c1 = mirrored(left, width), mirrored(left + 1, width)
-                for band in range(bands):
-                    a, b = np.float32(pixels[band, r0, c0]), np.float32(pixels[band, r0, c1])
-                    d, e = np.float32(pixels[band, r1, c0]), np.float32(pixels[band, r1, c1])
-                    upper, lower = a + (b - a) * right, d + (e - d) * right
-                    image[band, row, col] = upper + (lower - upper) * down
-        return image, target
-
-    return warp
-
-
-@cache
-def _tint_kernel() -> Any:
-    """Compiled: ``matrix`` (3, 3) by each pixel of (3, h, w), cut to 0 .. 1, to the power of gamma."""
-    import numba
-
-    @numba.njit(cache=True, nogil=True, fastmath=False)
-    def tint(image: Array, matrix: Array, gamma: float) -> Array:
-        _, height, width = image.shape
-        out = np.empty_like(image)
-        low, high = np.float32(0), np.float32(1)
-        for row in range(height):
-            for col in range(width):
-                a, b, c = image[0, row, col], image[1, row, col], image[2, row, col]
-                for band in range(3):
-                    value = matrix[band, 0] * a + matrix[band, 1] * b + matrix[band, 2] * c
-                    out[band, row, col] = min(max(value, low), high) ** gamma
-        return out
-
-    return tint

@@ -7,22 +7,13 @@ that callers split tiles over threads. They are compiled for a pixel type when i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 
+from segpipe.compiled import compiled
+
 Array = np.ndarray[Any, Any]
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile ``function`` with numba at its first call, kept on disk where a folder can be written."""
-    options = {"nogil": True, "fastmath": False, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor a cache folder can be written
-        return numba.njit(**options)(function)
 
 
 @compiled

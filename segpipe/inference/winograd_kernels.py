@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.inference.kernels import compiled
+from segpipe.compiled import compiled
 
 Array = np.ndarray[Any, Any]
 

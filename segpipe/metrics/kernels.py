@@ -6,11 +6,11 @@ pixels go in turn to four tables, so that no add waits for the one before it to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
-import numba
 import numpy as np
+
+from segpipe.compiled import compiled
 
 Array = np.ndarray[Any, Any]
 
@@ -18,15 +18,7 @@ NUM_TABLES: Final = 4
 _REPEAT: Final = np.uint64(0x0101010101010101)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile ``function`` with numba at its first call, kept on disk where a folder can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither the package's folder nor a cache folder can be written
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def add_pairs(label: Array, predicted: Array, label8: Array, predicted8: Array, tables: Array) -> None:
     """Count the pairs of two equally long uint8 arrays into ``tables`` (NUM_TABLES, 65536) uint32.
 
@@ -51,7 +43,7 @@ def add_pairs(label: Array, predicted: Array, label8: Array, predicted8: Array, 
         tables[0, (label[i] << 8) | predicted[i]] += one
 
 
-@_compiled
+@compiled
 def add_values(values: Array, values8: Array, tables: Array) -> None:
     """Count the values of a uint8 array into ``tables`` (NUM_TABLES, 256) uint32; ``values8`` as above."""
     one = np.uint32(1)
@@ -69,7 +61,7 @@ def add_values(values: Array, values8: Array, tables: Array) -> None:
         tables[0, values[i]] += one
 
 
-@_compiled
+@compiled
 def move_counts(tables: Array, total: Array) -> None:
     """Add the tables to ``total``, int64, and clear them."""
     for cell in range(total.size):

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -94,3 +99,28 @@ def test_the_eight_symmetries_all_come_and_are_exact() -> None:
             min(whole, key=lambda other: np.count_nonzero(np.frombuffer(other, np.uint8) != target.ravel()))
         )
     assert seen == whole
+
+
+SAMPLE = """
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from segpipe.config.train import AugmentConfig
+from segpipe.datasets.augment import augment, rng_of
+
+pixels, label = np.zeros((3, 40, 40), np.uint8), np.zeros((40, 40), np.uint8)
+augment(pixels, label, AugmentConfig(preset="aerial", crop_px=32), (0,) * 3, (1,) * 3, rng_of(1, 0, "a"))
+"""
+
+
+def test_a_second_process_finds_the_compiled_loops_on_disk(tmp_path: Path) -> None:
+    compiled = []
+    for _ in range(2):
+        env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", SAMPLE], env=env, check=True)
+        compiled.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")})
+    assert len(compiled[0]) >= 2
+    assert compiled[0] == compiled[1]
