@@ -37,26 +37,32 @@ def damaged(error: BaseException, where: str) -> CheckError:
     return CheckError(f"the object is damaged ({lines[0][:200] if lines else type(error).__name__})", where)
 
 
-def open_checked(storage: Storage, key: str, size_bytes: int | None = None) -> Any:
-    """Open a Parquet object (``pyarrow.parquet.ParquetFile``) that checks the checksums of its pages.
+def open_parquet(
+    storage: Storage, key: str, size_bytes: int | None = None, *, check_pages: bool = False
+) -> Any:
+    """Open a Parquet object (a ``pyarrow.parquet.ParquetFile``).
 
-    Nothing is read ahead, so memory is a few pages. Raises ObjectMissing, and CheckError when it is damaged.
+    Args:
+        size_bytes: The object's size where it is known; storage is asked otherwise.
+        check_pages: Compare the checksums of pages, and read nothing ahead: memory is a few pages.
+
+    Raises ObjectMissing, and CheckError when it is damaged.
     """
+    where = storage.uri(key)
     path = storage.local_path(key)
-    source: Any
-    if path is not None:
-        if not path.is_file():
-            raise ObjectMissing("no such file", str(path))
-        source = path
-    else:
-        if size_bytes is None:
-            info = storage.stat(key)
-            if info is None:
-                raise ObjectMissing("no such object", storage.uri(key))
-            size_bytes = info.size_bytes
-        if size_bytes <= _WHOLE_OBJECT_BYTES:
-            source = pa.BufferReader(storage.read(key))
+    source: Any = path
+    with explain_damage(where):
+        if path is not None:
+            if not path.is_file():
+                raise ObjectMissing("no such file", where)
         else:
-            source = storage.open_range(key, size_bytes=size_bytes)
-    with explain_damage(storage.uri(key)):
-        return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
+            if size_bytes is None:
+                info = storage.stat(key)
+                if info is None:
+                    raise ObjectMissing("no such object", where)
+                size_bytes = info.size_bytes
+            if size_bytes <= _WHOLE_OBJECT_BYTES:
+                source = pa.BufferReader(storage.read(key))
+            else:
+                source = storage.open_range(key, size_bytes=size_bytes)
+        return pq.ParquetFile(source, page_checksum_verification=check_pages, pre_buffer=not check_pages)

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from segpipe.geometry.grid import Block, SceneGrid, make_grid
 from segpipe.geometry.units import split_blocks
-from segpipe.masks.damage import explain_damage
-from segpipe.masks.read import SceneUnits, open_parquet
+from segpipe.masks.damage import explain_damage, open_parquet
+from segpipe.masks.read import SceneUnits
 from segpipe.masks.run import Facts, plan_key
 from segpipe.masks.schema import PLAN_COLUMNS, PLAN_FIELDS
 from segpipe.rasters.scene import SceneHeader, SceneSource, Version

@@ -8,36 +8,15 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from segpipe.config.card import IGNORE
 from segpipe.errors import ObjectMissing, SceneError
 from segpipe.geometry.grid import Window
 from segpipe.masks.codec import decode_mask
-from segpipe.masks.damage import explain_damage
+from segpipe.masks.damage import explain_damage, open_parquet
 from segpipe.masks.run import plan_key, unit_key
 from segpipe.masks.schema import COUNT_COLUMNS, FAILED
 from segpipe.storage import Storage
-
-# Objects up to this size are fetched in one request instead of footer and columns apart.
-_WHOLE_OBJECT_BYTES = 4 * 2**20
-
-
-def open_parquet(storage: Storage, key: str, size_bytes: int | None = None) -> Any:
-    """Open a Parquet object (a ``pyarrow.parquet.ParquetFile``); CheckError when it is damaged."""
-    path = storage.local_path(key)
-    with explain_damage(storage.uri(key)):
-        if path is not None and path.exists():
-            return pq.ParquetFile(path)
-        if size_bytes is None:
-            info = storage.stat(key)
-            if info is None:
-                raise ObjectMissing("no such object", storage.uri(key))
-            size_bytes = info.size_bytes
-        if size_bytes <= _WHOLE_OBJECT_BYTES:
-            return pq.ParquetFile(pa.BufferReader(storage.read(key)))
-        return pq.ParquetFile(storage.open_range(key))
 
 
 def read_columns(storage: Storage, key: str, columns: Sequence[str], size_bytes: int | None = None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from segpipe.errors import CheckError
 from segpipe.geometry.grid import Window
 from segpipe.masks.codec import decode_mask
-from segpipe.masks.damage import explain_damage, open_checked
+from segpipe.masks.damage import explain_damage, open_parquet
 from segpipe.masks.plan import PlanPart
 from segpipe.masks.run import unit_key
 from segpipe.masks.unit_check import expected_rows
@@ -38,7 +38,7 @@ class StoredUnit:
         """Raises ObjectMissing, and CheckError where the object is damaged or holds other rows."""
         key = unit_key(part.part, unit)
         self._where = storage.uri(key)
-        self._file = open_checked(storage, key)
+        self._file = open_parquet(storage, key, check_pages=True)
         self._blocks: dict[str, list[StoredBlock]] = {}
         with explain_damage(self._where):
             self._read_places(part, unit)

@@ -18,7 +18,7 @@ from segpipe.errors import CheckError, ObjectMissing
 from segpipe.geometry.georef import shift
 from segpipe.geometry.grid import Window
 from segpipe.masks.codec import decode_mask, mask_shape
-from segpipe.masks.damage import explain_damage, open_checked
+from segpipe.masks.damage import explain_damage, open_parquet
 from segpipe.masks.ledger import DAMAGED, MISSING, SUPERSEDED, Tally
 from segpipe.masks.plan import PlanPart, PlanScene
 from segpipe.masks.run import RunInfo, unit_key
@@ -126,7 +126,7 @@ class UnitChecker:
         """Return (status, kind) of each row; CheckError with the first fault."""
         key = unit_key(part, unit)
         where = self._storage.uri(key)
-        with explain_damage(where), open_checked(self._storage, key, size_bytes) as file:
+        with explain_damage(where), open_parquet(self._storage, key, size_bytes, check_pages=True) as file:
             self._check_file(file)
             present = set(file.schema_arrow.names)
             columns = [name for name in COUNT_COLUMNS if name in present]

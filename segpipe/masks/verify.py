@@ -225,7 +225,7 @@ class _Verifier:
         if self._full and not self._result.bytes_compared:
             present = np.flatnonzero(sizes != _ABSENT)[:_LEARN_UNITS].tolist()
             self._result.bytes_compared = any(self._checker.learn(part.part, unit) for unit in present)
-        for unit, report in map_in_order(check, range(len(sizes)), self._threads):
+        for unit, report in enumerate(map_in_order(check, range(len(sizes)), self._threads)):
             self._result.ledger.add_unit(part.part, unit, report.tallies)
             key = unit_key(part.part, unit)
             if report.missing:

@@ -27,8 +27,7 @@ from segpipe.masks.plan import PlanScene
 from segpipe.pipelines.events import counted
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import Isolation
-from segpipe.pipelines.local import HEADER_THREADS, map_threads
-from segpipe.pipelines.plan import inspect_source
+from segpipe.pipelines.local import inspect_sources
 from segpipe.pipelines.resources import Hardware, Pool, this_machine
 from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
@@ -65,16 +64,12 @@ class RayExecutor:
         self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
     ) -> Iterator[PlanScene]:
         if len(sources) <= _SOURCES_PER_TASK:
-            yield from map_threads(
-                lambda source: inspect_source(source, config, card), sources, HEADER_THREADS
-            )
+            yield from inspect_sources(sources, config, card)
             return
         chunks = [sources[i : i + _SOURCES_PER_TASK] for i in range(0, len(sources), _SOURCES_PER_TASK)]
 
         def inspect_chunk(chunk: Sequence[SceneSource]) -> list[PlanScene]:
-            return list(
-                map_threads(lambda source: inspect_source(source, config, card), chunk, HEADER_THREADS)
-            )
+            return list(inspect_sources(chunk, config, card))
 
         for scenes in self._map_tasks(inspect_chunk, chunks):
             yield from scenes

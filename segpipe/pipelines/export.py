@@ -139,7 +139,7 @@ def export_run(
     with tempfile.TemporaryDirectory(prefix="segpipe-export-") as folder:
         exporter = _Exporter(storage, info, output, Path(folder))
         threads = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
-        for _, scenes in map_in_order(exporter.export, run.tasks(), threads):
+        for scenes in map_in_order(exporter.export, run.tasks(), threads):
             for scene in scenes:
                 result.add(scene)
                 done += 1

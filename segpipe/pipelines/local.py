@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 from segpipe.masks.plan import PlanScene
+from segpipe.masks.threads import map_in_order
 from segpipe.pipelines.plan import inspect_source
 from segpipe.pipelines.resources import Hardware, Pool, this_machine
 from segpipe.pipelines.units import PartUnits, Unit
@@ -19,7 +18,7 @@ from segpipe.rasters.scene import SceneSource
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-HEADER_THREADS = 8
+_HEADER_THREADS = 8
 _TABLE_THREADS = 4
 
 
@@ -59,7 +58,7 @@ class LocalExecutor:
     def inspect(
         self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
     ) -> Iterator[PlanScene]:
-        return map_threads(lambda source: inspect_source(source, config, card), sources, HEADER_THREADS)
+        return inspect_sources(sources, config, card)
 
     def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[PartUnits]) -> Iterator[UnitResult]:
         if not tasks:
@@ -71,7 +70,7 @@ class LocalExecutor:
         return iter(())
 
     def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        return map_threads(function, items, _TABLE_THREADS)
+        return map_in_order(function, items, _TABLE_THREADS)
 
     def busy(self, workers: int, cpus: float, gpus: int) -> str | None:
         return None
@@ -81,18 +80,8 @@ class LocalExecutor:
             self._worker.close()
 
 
-def map_threads(
-    function: Callable[[Item], Value], items: Iterable[Item], num_threads: int
-) -> Iterator[Value]:
-    """``map`` by threads, in order, with at most four results a thread waiting."""
-    waiting: deque[Future[Value]] = deque()
-    pool = ThreadPoolExecutor(num_threads, "segpipe-map")
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= 4 * num_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def inspect_sources(
+    sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
+) -> Iterator[PlanScene]:
+    """Read headers by threads of this process, in the order given."""
+    return map_in_order(lambda source: inspect_source(source, config, card), sources, _HEADER_THREADS)

@@ -23,7 +23,6 @@ from segpipe.masks.ledger import Totals, success_totals
 from segpipe.masks.plan import load_part
 from segpipe.masks.run import RUN_KEY, SUCCESS_KEY, plan_key
 from segpipe.masks.schema import mask_schema
-from segpipe.masks.threads import map_in_order
 from segpipe.masks.verify import Finding, Verification, verify_run
 from segpipe.masks.write import encode_unit
 from segpipe.reports.ledger import render_ledger
@@ -414,27 +413,3 @@ def test_the_table_names_what_is_wrong_and_says_what_to_do(run: MadeRun) -> None
     assert run.key(2) in text
     assert "missing" in text
     assert "the same command again" in text
-
-
-def test_results_come_in_order_and_few_are_under_way() -> None:
-    begun: list[int] = []
-
-    def square(number: int) -> int:
-        begun.append(number)
-        return number**2
-
-    for done, (number, result) in enumerate(map_in_order(square, range(200), threads=3)):
-        assert (number, result) == (done, done**2)
-        assert len(begun) <= done + 12
-
-
-def test_the_first_error_ends_the_work() -> None:
-    begun: list[int] = []
-
-    def fail(number: int) -> int:
-        begun.append(number)
-        raise KeyError(number)
-
-    with pytest.raises(KeyError):
-        list(map_in_order(fail, range(1000), threads=2))
-    assert len(begun) < 20
