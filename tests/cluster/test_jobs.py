@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import rasterio
 from commands import Archive, Command, mask_objects, run, started
 from heads import Head, status_of, submit, wait_for_jobs
+from rasters import UTM33, noise, write_tiff
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from runs import TINY, tiny_config, train_in_processes
@@ -18,7 +20,7 @@ from tiny import tiny_dataset
 pytestmark = pytest.mark.ray
 
 
-def test_a_job_predicts_on_a_cluster_that_refuses_whoever_has_no_token(
+def test_jobs_predict_and_evaluate_on_a_cluster_that_refuses_whoever_has_no_token(
     archive: Archive, undisturbed: dict[str, bytes], folder: Path, head: Head
 ) -> None:
     config = folder / "job.yaml"
@@ -42,6 +44,31 @@ def test_a_job_predicts_on_a_cluster_that_refuses_whoever_has_no_token(
     assert mask_objects(folder / "run") == undisturbed
     code, verify = run(["verify", str(folder / "run")], folder)
     assert code == 0, verify.stdout + verify.stderr
+    check_evaluate_job(archive, folder, head)
+
+
+def check_evaluate_job(archive: Archive, folder: Path, head: Head) -> None:
+    """``jobs.evaluate`` of the masks of ``run`` says what the command says in a process without Ray."""
+    (folder / "labels").mkdir()
+    for seed, path in enumerate(sorted(archive.scenes.iterdir())):
+        with rasterio.open(path) as scene:
+            label = noise(1, scene.height, scene.width, seed=seed) % 3
+        write_tiff(folder / "labels" / path.name, label, compress="deflate", **UTM33)
+    config = folder / "evaluate.yaml"
+    config.write_text(
+        f"input: {{scenes: [{archive.scenes}], labels: '{folder}/labels/{{stem}}.tif'}}\n"
+        f"output: {folder / 'scores'}\n"
+        "cluster: {threads_per_worker: 1}\n"
+    )
+    arguments = ["--config", str(config), "--masks", str(folder / "run")]
+    code, job = submit(head, folder, ["python", "-m", "jobs.evaluate", *arguments])
+    assert code == 0, job.stdout + job.stderr
+    plain = ["evaluate", *arguments, "--executor", "local", "--output", str(folder / "plain"), "--json"]
+    code, command = run(plain, folder)
+    assert code == 0, command.stdout + command.stderr
+    expected = json.loads(command.stdout)["summary"]
+    assert json.loads((folder / "scores/reports/summary.json").read_text()) == expected
+    assert 0 < expected["scores"]["miou"] < 1
 
 
 def test_a_job_trains_with_two_workers_what_two_processes_train(folder: Path, head: Head) -> None:
