@@ -14,9 +14,18 @@ from segpipe.geometry.georef import shift
 from segpipe.geometry.grid import Window
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.codec import encode_mask
-from segpipe.masks.ledger import success_totals
+from segpipe.masks.ledger import Totals, count_part, open_part
 from segpipe.masks.plan import PlanPart, PlanScene, block_sizes_px, encode_part, load_part
-from segpipe.masks.run import SUCCESS_KEY, Facts, RunInfo, adopt_or_create, plan_key, unit_key
+from segpipe.masks.run import (
+    SUCCESS_KEY,
+    Facts,
+    RunInfo,
+    adopt_or_create,
+    list_parts,
+    list_units,
+    plan_key,
+    unit_key,
+)
 from segpipe.masks.schema import mask_schema
 from segpipe.masks.write import Counts, Row, encode_unit, failed_row, mask_row
 from segpipe.metrics.counts import class_counts, confusion, to_pairs
@@ -220,6 +229,18 @@ def build_run(
     if success:
         storage.put(SUCCESS_KEY, success_totals(storage, info).to_json())
     return MadeRun(storage, info, num_units)
+
+
+def success_totals(storage: Storage, info: RunInfo) -> Totals:
+    """Return what ``_SUCCESS`` says of a finished run, from the plan and a listing of the mask objects."""
+    total = Totals()
+    for number in list_parts(storage):
+        count = count_part(open_part(storage, number, info))
+        num_bytes = sum(
+            size for page in list_units(storage, number) for unit, size in page if unit < count.units
+        )
+        total += Totals(1, count.units, count.rows, count.pixels, num_bytes)
+    return total
 
 
 def put_unit(storage: Storage, info: RunInfo, part: int, unit: int, rows: Sequence[Row]) -> None:

@@ -29,7 +29,7 @@ def read_text(uri: str | None) -> str | None:
         with nothing_written():
             return read_uri(uri).decode()
     except UnicodeDecodeError as error:
-        raise ConfigError("the config is not UTF-8 text", uri) from error
+        raise ConfigError("the config is not UTF-8 text", uri, "Save it as UTF-8.") from error
 
 
 def run_command(

@@ -83,7 +83,10 @@ def export_command(
         (result.failed, "left out: they have failed blocks"),
         (result.incomplete, "left out: not all of their blocks are done"),
         (result.damaged, "left out: an object of theirs is damaged"),
-        (result.conflict, "left as they are: the file there was made from other masks"),
+        (
+            result.conflict,
+            "left as they are: files of other masks are there (delete them, or give another --output)",
+        ),
     ):
         if named.count:
             more = f"\n  and {named.count - len(named.first)} more" if named.count > len(named.first) else ""

@@ -155,7 +155,8 @@ class CocoLayout(ReadsAlone):
         try:
             data = storage.read_range(key, 0, scene.label_version.size_bytes, scene.label_version.etag)
         except (ObjectChanged, ObjectMissing) as error:
-            raise SceneError("scene_changed", "the label changed or is gone", scene.label_uri) from error
+            fix = "Run the same command again."
+            raise SceneError("scene_changed", "the label changed or is gone", scene.label_uri, fix) from error
         shown = decode_image(data, scene.label_uri, self._config.limits).pixels
         if shown.shape[1:] != image.pixels.shape[1:] or len(shown) != 3:
             what = f"the panoptic PNG has the shape {shown.shape}, the image {image.pixels.shape}"
@@ -172,9 +173,9 @@ class CocoLayout(ReadsAlone):
     def _value_of(self, item: dict[str, Any]) -> int:
         category = item["category_id"]
         if category not in self._class_of:
-            raise SceneError(
-                "label_value", f"the category {category} is not listed", f"annotation {item.get('id')}"
-            )
+            what = f"the category {category} is not listed"
+            fix = "List it in categories, or correct the annotation."
+            raise SceneError("label_value", what, f"annotation {item.get('id')}", fix)
         rule = self._config.coco.crowd
         ignored = rule == "ignore" or (rule == "auto" and not self._panoptic)
         return IGNORE if item.get("iscrowd") and ignored else self._class_of[category]
@@ -266,9 +267,11 @@ def _categories(files: list[tuple[str, str, dict[str, Any]]], root: str) -> list
     names = {item["id"]: item["name"] for item in first}
     for _, key, content in files[1:]:
         if {item["id"]: item["name"] for item in content["categories"]} != names:
-            raise InputError("its categories differ from those of the first file", join_uri(root, key))
+            what = "its categories differ from those of the first file"
+            raise InputError(what, join_uri(root, key), "Give all files the same categories.")
         if _is_panoptic(content) != _is_panoptic(files[0][2]):
-            raise InputError("one file is panoptic, the other is not", join_uri(root, key))
+            what = "one file is panoptic, the other is not"
+            raise InputError(what, join_uri(root, key), "Prepare them apart.")
     return first
 
 

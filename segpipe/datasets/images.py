@@ -89,9 +89,10 @@ def read_encoded(scene: SceneSource) -> bytes:
     try:
         return storage.read_range(key, 0, scene.version.size_bytes, scene.version.etag)
     except ObjectChanged:
-        raise SceneError("scene_changed", "it changed since it was listed", scene.uri) from None
+        fix = "Run the same command again."
+        raise SceneError("scene_changed", "it changed since it was listed", scene.uri, fix) from None
     except ObjectMissing:
-        raise SceneError("not_found", "it is gone", scene.uri) from None
+        raise SceneError("not_found", "it is gone", scene.uri, "Put it back, or leave it out.") from None
 
 
 def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MAX_UNIT_ROWS = 256
@@ -62,9 +62,3 @@ def split_blocks(block_sizes_px: Sequence[int], unit_px: int, tile_px: int) -> l
     units = [packer.add_block(size_px) for size_px in block_sizes_px]
     starts = [index for index, unit in enumerate(units) if index == 0 or unit != units[index - 1]]
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(units)], strict=True)]
-
-
-def pack_scenes(scenes: Iterable[Sequence[int]], unit_px: int, tile_px: int) -> Iterator[UnitSpan]:
-    """Pack all scenes of a part; ``scenes`` are their block sizes in pixels."""
-    packer = UnitPacker(unit_px, tile_px)
-    return (packer.add(sizes) for sizes in scenes)

@@ -29,9 +29,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("tile_px", "batch_size", "threads"):
             if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{name} must be at least 1, not {getattr(self, name)}", f"inference.{name}"
-                )
+                what = f"{name} must be at least 1, not {getattr(self, name)}"
+                raise ConfigError(what, f"inference.{name}", "Give a larger number, or leave it out.")
         if self.precision not in DTYPES:
             raise ConfigError(
                 f"unknown precision {self.precision!r}", "inference.precision", f"Use {', '.join(DTYPES)}."

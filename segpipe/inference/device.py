@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final, Literal
 
 import torch
@@ -19,11 +18,6 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 }
 
 
-def pick_device() -> str:
-    """Return "cuda:0" where CUDA works, else "cpu"."""
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
 def resolve_precision(device: str) -> Precision:
     """Return the number format that ``auto`` stands for on ``device``.
 
@@ -33,19 +27,6 @@ def resolve_precision(device: str) -> Precision:
     if torch.device(device).type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False
-    for line in text.splitlines():
-        if line.startswith("flags"):
-            flags = set(line.split())
-            return bool(flags & {"avx512_bf16", "amx_bf16"})
-    return False
 
 
 def default_batch_size(device: str, precision: str) -> int:

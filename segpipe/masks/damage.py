@@ -25,7 +25,8 @@ def explain_damage(where: str) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno is not None:  # Arrow's own complaints about bytes carry no number
-            raise StorageError(os.strerror(error.errno).lower(), where) from error
+            what = os.strerror(error.errno).lower()
+            raise StorageError(what, where, "Run the same command again.") from error
         raise damaged(error, where) from error
     except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise damaged(error, where) from error
@@ -34,7 +35,8 @@ def explain_damage(where: str) -> Iterator[None]:
 def damaged(error: BaseException, where: str) -> CheckError:
     """Return the CheckError that says what a reader complained about, on one line."""
     lines = str(error).splitlines()
-    return CheckError(f"the object is damaged ({lines[0][:200] if lines else type(error).__name__})", where)
+    what = f"the object is damaged ({lines[0][:200] if lines else type(error).__name__})"
+    return CheckError(what, where, "Delete it and run the command that made it again.")
 
 
 def open_parquet(

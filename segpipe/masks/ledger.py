@@ -16,7 +16,7 @@ from segpipe.geometry.units import UnitPacker
 from segpipe.masks.damage import explain_damage
 from segpipe.masks.plan import PlanPart, PlanScene, block_sizes_px, load_part
 from segpipe.masks.read import iter_plan
-from segpipe.masks.run import RunInfo, list_parts, list_units, plan_key
+from segpipe.masks.run import RunInfo, plan_key
 from segpipe.storage import Storage
 
 MISSING: Final = "missing"
@@ -261,15 +261,3 @@ def count_part(part: PlanPart, ledger: Ledger | None = None, superseded: Set[str
 def open_part(storage: Storage, part: int, info: RunInfo) -> PlanPart:
     """Read one part of the plan; CheckError when it is damaged."""
     return load_part(storage, part, info.facts)
-
-
-def success_totals(storage: Storage, info: RunInfo) -> Totals:
-    """Return what ``_SUCCESS`` says of a finished run, from the plan and a listing of the mask objects."""
-    total = Totals()
-    for number in list_parts(storage):
-        count = count_part(open_part(storage, number, info))
-        num_bytes = sum(
-            size for page in list_units(storage, number) for unit, size in page if unit < count.units
-        )
-        total += Totals(1, count.units, count.rows, count.pixels, num_bytes)
-    return total

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -284,8 +284,14 @@ class _Exporter:
             return SceneExport(scene_id, "damaged", str(error))
 
     def _export_key(self, scene: PlanScene) -> str:
-        """Return what tells exports apart: which masks, of which scene, in which format."""
-        asked = [EXPORT_FORMAT, self._info.recipe_key, scene.source.scene_id, scene.source.version_text]
+        """Return what tells exports apart: which masks, of which scene, in which format.
+
+        Other labels make other scores and the same masks.
+        """
+        source, info = scene.source, self._info
+        versions = [None if each is None else str(each) for each in (source.version, source.valid_version)]
+        facts = asdict(replace(info.facts, block_px=0, unit_px=0))  # these two change no mask
+        asked = [EXPORT_FORMAT, info.recipe_key, facts, source.scene_id, versions]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _there(self, key: str, export_key: str) -> Literal["already_there", "conflict"] | None:
@@ -341,7 +347,7 @@ class _Exporter:
             "SEGPIPE_MODEL_SHA256": self._info.model_sha256,
             "SEGPIPE_SCENE_ID": source.scene_id,
             "SEGPIPE_SOURCE": _without_query(source.where),
-            "SEGPIPE_SOURCE_VERSION": source.version_text,
+            "SEGPIPE_SOURCE_VERSION": str(source.version),
         }
         if header is not None and header.datetime is not None:
             tags["SEGPIPE_SOURCE_DATETIME"] = header.datetime

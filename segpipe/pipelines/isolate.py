@@ -54,7 +54,11 @@ class IsolatedWorker:
 
     def write_failed(self, part: int, unit: int) -> UnitResult:
         return self._worker.write_failed(
-            part, unit, "kills_worker", f"the unit ended its worker {DEATHS_ALONE} times, alone"
+            part,
+            unit,
+            "kills_worker",
+            f"the unit ended its worker {DEATHS_ALONE} times, alone. It may lack memory, or a file crash its "
+            "decoder: run this scene alone with smaller inference.unit_px and block_px, or leave it out.",
         )
 
 

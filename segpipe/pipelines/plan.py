@@ -79,7 +79,7 @@ class PlanTotals:
         if scene.coarser_than_model:
             self.num_coarser += 1
             self.coarser = [*self.coarser, scene.source.scene_id][:5]
-        if header.num_bands > len(header.bands) + (header.valid_source == "alpha"):
+        if header.num_bands - header.num_alpha_bands > len(header.bands):
             self.num_extra_bands += 1
             self.extra_bands = [*self.extra_bands, scene.source.scene_id][:5]
 

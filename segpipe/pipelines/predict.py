@@ -142,9 +142,12 @@ def _prepare_masks(config: SegpipeConfig, masks_uri: str) -> Job:
     if masks.masks_uri is not None:
         raise ConfigError("this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}.")
     missing, units = missing_units(storage)
-    if missing or storage.stat(SUCCESS_KEY) is None:
+    if missing:
         what = f"the run is unfinished: {sum(map(len, missing))} of {counted(units, 'unit')} missing"
         raise InputError(what, masks_uri, "Run the command that made it again.")
+    if storage.stat(SUCCESS_KEY) is None:
+        what = "the run's masks are there, but not its reports and _SUCCESS"
+        raise InputError(what, masks_uri, f"Write them: segpipe report {masks_uri}")
     parse_label_map(config.input.label_map, masks.card.num_classes)
     asked = masks_recipe(masks.recipe_key, config.input.label_map)
     return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, masks_uri)

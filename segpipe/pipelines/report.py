@@ -6,6 +6,7 @@ tables as they come, so it holds a few ranges and no more, whatever the number o
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from segpipe.errors import StorageFull
 from segpipe.masks.ledger import Replacements, Totals
 from segpipe.masks.plan import load_part, part_num_units
 from segpipe.masks.read import iter_plan, read_counts
@@ -50,8 +52,20 @@ def make_reports(
 ) -> dict[str, Any]:
     """Write index and reports of what is there, _SUCCESS when ``complete``, and return the summary.
 
-    Raises CheckError, naming the object, where one is damaged.
+    Raises CheckError, naming the object, where one is damaged; StorageFull where scratch space ends.
     """
+    try:
+        return _make_reports(storage, info, executor, events, complete)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fix = "Free space, or set TMPDIR to a folder with more of it, and run the same command again."
+        raise StorageFull("no scratch space for index and reports", tempfile.gettempdir(), fix) from error
+
+
+def _make_reports(
+    storage: Storage, info: RunInfo, executor: Executor, events: Events, complete: bool
+) -> dict[str, Any]:
     parts = list_parts(storage)
     replacements = Replacements(storage, parts)
     totals = Totals()

@@ -132,15 +132,14 @@ class MaskSource:
         header = scene.header
         assert header is not None
         if scene.masks is None:
-            raise SceneError("mask_missing", "the run has no masks of this scene", scene.source.scene_id)
+            what = f"the run {self._storage.root} has no masks of this scene"
+            raise SceneError("mask_missing", what, scene.source.where, "Predict it too, or leave it out.")
         reader = self._readers.get("", lambda: MaskReader(self._storage))
         mask, missing_px = reader.read(scene.masks, block.window, (header.height, header.width))
         if missing_px:
-            raise SceneError(
-                "mask_missing",
-                f"the run has no mask for {missing_px} pixels of the block",
-                scene.source.scene_id,
-            )
+            what = f"the run {self._storage.root} has no mask for {missing_px} pixels of the block"
+            fix = f"Its scene failed there: see reports/failures.parquet of {self._storage.root}."
+            raise SceneError("mask_missing", what, scene.source.where, fix)
         future: Future[Segmented] = Future()
         future.set_result(Segmented(mask))
         return future

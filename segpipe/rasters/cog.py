@@ -139,7 +139,8 @@ def _compare(path: Path, sums: Sequence[tuple[Window, int]]) -> None:
             mask = dataset.read(1, window=_as_rasterio(window))
             if _checksum(mask) != wanted:
                 path.unlink()
-                raise StorageError(f"the GeoTIFF that was written holds other pixels at {window}", str(path))
+                what = f"the GeoTIFF that was written holds other pixels at {window}"
+                raise StorageError(what, str(path), "Run the same command again, with another TMPDIR.")
 
 
 def _checksum(mask: Any) -> int:
@@ -150,7 +151,8 @@ def _explained(error: BaseException, folder: Path) -> StorageError:
     reason = " ".join(str(error.__cause__ or error).split())[:300]
     if shutil.disk_usage(folder).free < _SPARE_BYTES or "No space left" in reason:
         return full(folder, "no space left")
-    return StorageError(f"the GeoTIFF cannot be written ({reason})", str(folder))
+    what = f"the GeoTIFF cannot be written ({reason})"
+    return StorageError(what, str(folder), "Check that folder, or set TMPDIR to another.")
 
 
 def full(folder: Path, what: str) -> StorageFull:

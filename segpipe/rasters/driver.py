@@ -27,7 +27,7 @@ from rasterio.session import DummySession
 from segpipe.errors import ObjectChanged, ObjectMissing, SceneError
 from segpipe.geometry.grid import Window
 from segpipe.rasters.ranges import RangedObject
-from segpipe.rasters.scene import Version
+from segpipe.rasters.scene import CHANGED_FIX, Version
 from segpipe.storage import Storage, open_object
 
 Array = np.ndarray[Any, Any]
@@ -253,8 +253,9 @@ def _nothing_to_check() -> None:
 
 
 def _changed(where: str) -> SceneError:
-    fix = "Run the same command again: it plans the new version as a changed scene."
-    return SceneError("scene_changed", "it is another version than the one that was planned", where, fix)
+    return SceneError(
+        "scene_changed", "it is another version than the one that was planned", where, CHANGED_FIX
+    )
 
 
 def _as_scene_error(fault: BaseException, where: str) -> BaseException:

@@ -131,6 +131,7 @@ def _header(
         transform=transform,
         pixel_m=georeference.pixel_size_m(crs, transform, height, width),
         datetime=_datetime(dataset),
+        num_alpha_bands=len(alpha_bands(dataset)),
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from segpipe.errors import InputError, ObjectMissing, SceneError, SegpipeError, first_line
-from segpipe.rasters.scene import Version
+from segpipe.rasters.scene import CHANGED_FIX, Version
 from segpipe.storage import open_object
 
 IMAGE_COLUMNS: Final = ("image", "img", "png", "jpg", "bytes")
@@ -225,22 +225,27 @@ def read_cell(uri: str, version: Version, row: int, num_rows: int | None, role: 
             cursor = _new_cursor(uri, version, role)
         if num_rows is not None and cursor.starts[-1] != num_rows:
             what = f"the shard has {cursor.starts[-1]} rows, planned were {num_rows}"
-            raise SceneError("shard_count", what, uri)
+            raise SceneError("shard_count", what, uri, CHANGED_FIX)
         if not 0 <= row < cursor.starts[-1]:
-            raise SceneError("shard_count", f"the shard has no row {row}", uri)
+            raise SceneError("shard_count", f"the shard has no row {row}", uri, CHANGED_FIX)
         value = cursor.read(row)
     except (InputError, pa.ArrowException, StopIteration) as error:
-        raise SceneError("decode", f"the shard cannot be read: {first_line(error)}", where) from None
+        raise _unreadable(error, where) from None
     except SegpipeError:
         raise
     except (OSError, ValueError) as error:
-        raise SceneError("decode", f"the shard cannot be read: {first_line(error)}", where) from None
+        raise _unreadable(error, where) from None
     _cursors.open[place] = cursor
     while len(_cursors.open) > _OPEN_FILES:
         _cursors.open.popitem(last=False)
     if value is None:
-        raise SceneError("decode", f"the row has no {role}", where)
+        raise SceneError("decode", f"the row has no {role}", where, "Write the shard again, or leave it out.")
     return value
+
+
+def _unreadable(error: BaseException, where: str) -> SceneError:
+    what = f"the shard cannot be read: {first_line(error)}"
+    return SceneError("decode", what, where, "Copy the shard again, or leave it out.")
 
 
 def _new_cursor(uri: str, version: Version, role: str) -> _Cursor:

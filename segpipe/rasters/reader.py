@@ -13,7 +13,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry.grid import Window
 from segpipe.rasters.driver import Raster, faults_as
 from segpipe.rasters.header import find_rule_of, is_palette, open_sidecar, open_source, uses_sidecar
-from segpipe.rasters.scene import SceneHeader, SceneSource
+from segpipe.rasters.scene import CHANGED_FIX, SceneHeader, SceneSource
 from segpipe.rasters.validity import ValidityRule, join_no_data, no_data_by_value
 
 Array = np.ndarray[Any, Any]
@@ -29,7 +29,8 @@ def open_scene(source: SceneSource, header: SceneHeader, config: InputConfig) ->
         raster = stack.enter_context(open_source(source))
         shape = raster.call("header", lambda dataset: (dataset.height, dataset.width, dataset.count))
         if shape != (header.height, header.width, header.num_bands):
-            raise SceneError("scene_changed", "its header is not the one that was planned", source.where)
+            what = "its header is not the one that was planned"
+            raise SceneError("scene_changed", what, source.where, CHANGED_FIX)
         palette = None
         bands = header.bands
         if is_palette(header, config):

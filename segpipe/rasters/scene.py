@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
+
+CHANGED_FIX: Final = "Run the same command again: it plans the new version as a changed scene."
+"""What to do about a scene or shard that is not the planned version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +94,5 @@ class SceneHeader:
     """Ground size of a pixel at the scene's centre, metres (square root of its ground area)."""
     datetime: str | None = None
     """Acquisition time, ISO 8601, where the file says it."""
+    num_alpha_bands: int = 0
+    """Of ``num_bands``; known while planning, not kept in the plan."""

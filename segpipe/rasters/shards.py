@@ -9,7 +9,7 @@ from typing import BinaryIO, Final
 
 from segpipe.errors import InputError, ObjectChanged, ObjectMissing, SceneError
 from segpipe.rasters.parquet_shards import list_parquet, parquet_columns, read_cell
-from segpipe.rasters.scene import SceneSource, Version
+from segpipe.rasters.scene import CHANGED_FIX, SceneSource, Version
 from segpipe.rasters.scene_ids import RASTER_SUFFIXES, has_suffix
 from segpipe.storage import open_object
 
@@ -95,13 +95,15 @@ def _read(source: SceneSource, offset: int | None, length: int | None, role: str
         storage, key = open_object(source.uri)
         data = storage.read_range(key, offset or 0, length or 0, source.version.etag)
     except ObjectChanged:
-        raise SceneError("scene_changed", "the shard changed since it was planned", source.where) from None
+        what = "the shard changed since it was planned"
+        raise SceneError("scene_changed", what, source.where, CHANGED_FIX) from None
     except ObjectMissing:
-        raise SceneError("not_found", "the shard is gone", source.uri) from None
-    if len(data) != length:
         raise SceneError(
-            "decode", f"{len(data)} bytes instead of {length}: the shard is cut short", source.where
-        )
+            "not_found", "the shard is gone", source.uri, "Put it back, or leave it out."
+        ) from None
+    if len(data) != length:
+        what = f"{len(data)} bytes instead of {length}: the shard is cut short"
+        raise SceneError("decode", what, source.where, "Copy the shard again, or leave it out.")
     return data
 
 

@@ -160,7 +160,8 @@ def _read_object(uri: str, version: Version) -> bytes:
     try:
         return storage.read_range(key, 0, version.size_bytes, version.etag)
     except ObjectChanged:
-        raise SceneError("scene_changed", "it changed since it was listed", uri) from None
+        fix = "Run the same command again."
+        raise SceneError("scene_changed", "it changed since it was listed", uri, fix) from None
     except ObjectMissing:
         raise _unreadable("it is gone", uri) from None
 

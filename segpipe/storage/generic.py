@@ -234,4 +234,4 @@ def _of_http(error: Exception, where: str) -> Exception:
     if isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)):
         return Transient(type(error).__name__)
     told = f"HTTP {status}" if isinstance(status, int) else type(error).__name__
-    return StorageError(f"the store failed ({told})", where)
+    return StorageError(f"the store failed ({told})", where, "Run the same command again.")

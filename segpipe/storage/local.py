@@ -376,4 +376,5 @@ def _explain(error: OSError, path: str) -> Exception:
         return StorageRefused(text, path, "Check the permissions or choose another place.")
     if code in (errno.ENAMETOOLONG, errno.ELOOP):
         return InputError((error.strerror or "bad path").lower(), path, "Choose another name.")
-    return StorageError(f"{(error.strerror or str(error)).lower()} (errno {code})", path)
+    what = f"{(error.strerror or str(error)).lower()} (errno {code})"
+    return StorageError(what, path, "Check the disk, then run the same command again.")

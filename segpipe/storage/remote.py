@@ -275,7 +275,8 @@ def _expected_bytes(reply: dict[str, Any], start: int, length: int, where: str) 
         size = int(reply.get("ContentLength", -1))
         if not text and start == 0 and 0 <= size <= length:  # the whole object, asked for as a range
             return size
-    raise StorageError(f"the store answers another range than was asked for ({text or 'none'})", where)
+    what = f"the store answers another range than was asked for ({text or 'none'})"
+    raise StorageError(what, where, "It must honour range requests: use another endpoint.")
 
 
 def _changed(where: str) -> ObjectChanged:

@@ -212,7 +212,8 @@ def missing(where: str) -> ObjectMissing:
 
 def unexpected(error: Any, where: str) -> StorageError:
     """For an answer that makes no sense for the request."""
-    return StorageError(f"unexpected answer {status_of(error)} {code_of(error)}", where)
+    what = f"unexpected answer {status_of(error)} {code_of(error)}"
+    return StorageError(what, where, "Run the same command again.")
 
 
 def put_token(head: dict[str, Any]) -> str | None:

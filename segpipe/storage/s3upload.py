@@ -88,7 +88,8 @@ class FileUpload:
             file.seek(start)
             data = file.read(length)
         if len(data) != min(length, self._size - start):
-            raise StorageError("the file changed while it was sent", str(self._path))
+            what = "the file changed while it was sent"
+            raise StorageError(what, str(self._path), "Run the same command again.")
         return data
 
     async def _call(self, method: str, **arguments: Any) -> dict[str, Any]:

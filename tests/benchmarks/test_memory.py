@@ -2,7 +2,7 @@
 
 Run: python -m pytest -m benchmark -s tests/benchmarks/test_memory.py
 Targets: 8192 px and 32768 px within 10 %; below 3 GiB on 2 cores with the default config and 19 classes.
-The U-Net is narrow so that a gigapixel ends in minutes: the pipeline's memory is what is measured.
+LR-ASPP, so that a gigapixel ends in minutes: the pipeline's memory is what is measured.
 """
 
 from __future__ import annotations

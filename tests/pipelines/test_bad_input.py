@@ -44,6 +44,7 @@ KIND_OF = {
     "giant_block": "limit",
     "two_bands": "bands",
     "complex": "dtype",
+    "sixteen_bit": "dtype",
     "cut_header": "header",
 }
 
@@ -86,6 +87,7 @@ def write_bad_scenes(folder: Path) -> None:
             pass
     write_tiff(folder / "two_bands.tif", np.ones((2, 40, 40), np.uint8), **UTM33)
     write_tiff(folder / "complex.tif", np.ones((3, 40, 40), np.complex64), **UTM33)
+    write_tiff(folder / "sixteen_bit.tif", np.ones((3, 40, 40), np.uint16), **UTM33)
 
 
 def test_bad_scenes_are_failed_rows_of_their_kind_and_the_rest_is_done(
@@ -96,7 +98,7 @@ def test_bad_scenes_are_failed_rows_of_their_kind_and_the_rest_is_done(
     done = predict(scenes, model, tmp_path / "run")
     assert done.code == 5
     assert "Traceback" not in done.err
-    assert "9 of 12 scenes have failed" in done.err
+    assert "10 of 13 scenes have failed" in done.err
     assert "reports/failures.parquet" in done.err
     found = failures(tmp_path / "run")
     assert {name: row["error_kind"] for name, row in found.items()} == KIND_OF

@@ -170,6 +170,13 @@ def test_report_names_a_damaged_object(
     assert path.name in done.tree["damaged"]["first"][0]
 
 
+def test_an_alpha_band_is_no_further_band_whatever_says_what_is_data(tmp_path: Path, model: Path) -> None:
+    write_scene(tmp_path / "in/rgba.tif", 60, 60, bands=4, photometric="RGB", alpha=4)
+    for valid in ("auto", "none"):
+        done = ok(predict(tmp_path / "in", model, tmp_path / valid, "--set", f"input.valid={valid}", **CUT))
+        assert "more bands" not in done.err
+
+
 def test_coarser_scenes_and_further_bands_are_named_once_and_stand_in_the_reports(
     tmp_path: Path, scenes: Path, model: Path
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+from archive import make_model, ok, predict, run, write_scene
 
 from segpipe.masks.run import unit_key
 from segpipe.pipelines import report
@@ -88,3 +91,21 @@ def test_the_listing_has_ended_before_the_first_unit_is_read(
     monkeypatch.setattr(report, "list_units", listing)
     next(unit_ranges(open_storage(str(tmp_path)), 0, num_units=500))
     assert ended
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
+def test_reports_without_scratch_space_say_so_and_are_made_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_scene(tmp_path / "in/a.tif", 70, 90)
+    model = make_model(tmp_path / "model.safetensors", "pixel")
+    with monkeypatch.context() as patch:
+        full = SimpleNamespace(
+            TemporaryFile=lambda: open("/dev/full", "r+b"),  # noqa: SIM115
+            gettempdir=tempfile.gettempdir,
+        )
+        patch.setattr(report, "tempfile", full)
+        predict(tmp_path / "in", model, tmp_path / "run").refused(3, tempfile.gettempdir(), "TMPDIR")
+    assert not (tmp_path / "run/_SUCCESS").exists()
+    ok(run("report", tmp_path / "run"))
+    assert (tmp_path / "run/_SUCCESS").exists()

@@ -15,7 +15,7 @@ from strategies import axis_settings, grid_settings, grids, scene_blocks
 
 from segpipe.geometry.axis import group_cells, make_axis
 from segpipe.geometry.grid import SceneGrid, Window, make_grid
-from segpipe.geometry.units import MAX_UNIT_ROWS, UnitPacker, pack_scenes, split_blocks
+from segpipe.geometry.units import MAX_UNIT_ROWS, UnitPacker, split_blocks
 
 
 @given(axis_settings())
@@ -278,11 +278,13 @@ def test_a_scene_of_several_blocks_starts_a_unit(scenes: list[list[int]], unit_p
 def test_units_are_a_pure_function_of_the_scenes_before_them(
     scenes: list[list[int]], more: list[list[int]], unit_px: int, tile_px: int
 ) -> None:
-    alone = list(pack_scenes(scenes, unit_px, tile_px))
-    assert list(pack_scenes([*scenes, *more], unit_px, tile_px))[: len(scenes)] == alone
+    one, other = UnitPacker(unit_px, tile_px), UnitPacker(unit_px, tile_px)
+    alone = [one.add(sizes) for sizes in scenes]
+    assert [other.add(sizes) for sizes in [*scenes, *more]][: len(scenes)] == alone
 
 
 def test_a_unit_of_tiny_scenes_ends_at_its_row_limit() -> None:
-    spans = list(pack_scenes([[1]] * (2 * MAX_UNIT_ROWS + 1), 10**9, 1))
+    packer = UnitPacker(10**9, 1)
+    spans = [packer.add([1]) for _ in range(2 * MAX_UNIT_ROWS + 1)]
     assert [span.first_unit for span in spans[::MAX_UNIT_ROWS]] == [0, 1, 2]
     assert spans[MAX_UNIT_ROWS - 1].first_unit == 0

@@ -246,6 +246,24 @@ def test_a_file_made_from_other_masks_is_left_and_named(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a.tif").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("change", "outcome"), [({"block_px": 96}, "already_there"), ({"precision": "bf16"}, "conflict")]
+)
+def test_facts_that_change_masks_tell_exports_apart(
+    tmp_path: Path, change: dict[str, Any], outcome: str
+) -> None:
+    export(build_run(str(tmp_path / "run"), [[MadeScene("a")]]), tmp_path / "out")
+    other = build_run(str(tmp_path / "other"), [[MadeScene("a")]], info=make_info(**change))
+    assert export(other, tmp_path / "out")[1]["a"].outcome == outcome
+
+
+def test_labels_that_change_make_no_other_export(tmp_path: Path) -> None:
+    for name, labelled in (("run", False), ("other", True)):
+        run = build_run(str(tmp_path / name), [[MadeScene("a", labelled=labelled)]])
+        result, _ = export(run, tmp_path / "out")
+    assert (result.already_there, result.conflict.count) == (1, 0)
+
+
 def test_a_scene_is_taken_from_its_newest_part(tmp_path: Path) -> None:
     newest = MadeScene("a", 44, 55, version="b")
     run = build_run(

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from masks_run import MadeRun, MadeScene, build_run, make_info, put_unit, unit_rows
+from masks_run import MadeRun, MadeScene, build_run, make_info, put_unit, success_totals, unit_rows
 from rich.console import Console
 
 from segpipe.errors import InputError
 from segpipe.masks.codec import encode_mask
-from segpipe.masks.ledger import Totals, success_totals
+from segpipe.masks.ledger import Totals
 from segpipe.masks.plan import load_part
 from segpipe.masks.run import RUN_KEY, SUCCESS_KEY, plan_key
 from segpipe.masks.schema import mask_schema
