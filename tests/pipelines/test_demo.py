@@ -1,0 +1,47 @@
+"""``segpipe demo``: what the packaged archive shows, in full, and nothing of it twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from archive import files, objects, ok, run
+
+from segpipe.demo.archive import demo_archive
+
+LEAST_BUILDING_IOU = 0.62
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects to anything fails."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the demo must need no network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_demo_finds_buildings_draws_and_exports_every_scene_and_computes_nothing_twice(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "demo"
+    first = ok(run("demo", "--executor", "local", "--output", out))
+    stems = {path.stem for path in demo_archive().scenes.iterdir()}
+    assert len(stems) == 4
+    assert {path.name for path in (out / "pictures").iterdir()} == {f"{stem}.png" for stem in stems}
+    assert {path.name for path in (out / "geotiff").glob("*.tif")} == {f"{stem}.tif" for stem in stems}
+    classes = pq.read_table(out / "run/reports/classes.parquet").to_pylist()
+    iou = {row["class"]: row["iou"] for row in classes}
+    assert iou["building"] >= LEAST_BUILDING_IOU
+    assert f"{iou['building']:.4f}" in first.out
+    assert "nothing to compute" not in first.err
+    masks, written = objects(out / "run"), files(out)
+    again = ok(run("demo", "--executor", "local", "--output", out))
+    assert "nothing to compute" in again.err
+    assert objects(out / "run") == masks
+    assert files(out) == written
