@@ -27,10 +27,10 @@ def train_command(
     """Train and return the exit code."""
     config = _read_config(config_uri, flags, sets)
     job = prepare_job(config)
-    if dry_run:
-        _print_plan(plan_only(job), as_json)
-        return 0
     with TrainProgress() as events:
+        if dry_run:
+            _print_plan(plan_only(job, events), as_json)
+            return 0
         trained = run_training(job, events)
     _print_trained(trained, as_json)
     return 0

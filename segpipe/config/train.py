@@ -124,7 +124,7 @@ class StepsConfig(Section):
     """Of SGD."""
     schedule: Literal["constant", "poly", "cosine", "one_cycle"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises linearly to ``lr``; of one_cycle the rising part (0: 30 % of all)."""
+    """Steps in which the rate rises linearly to ``lr``, not all steps; of one_cycle all that rise (0: 30 %)."""
     poly_power: Positive = 0.9
     clip_norm: Positive | None = 1.0
     """Largest norm of all gradients together; none: not clipped."""
@@ -146,8 +146,6 @@ class StepsConfig(Section):
     def _check(self) -> StepsConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("epochs: give epochs or steps, one of them")
-        if self.schedule == "one_cycle" and self.steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError("warmup_steps: must be less than the steps of the training")
         return self
 
 

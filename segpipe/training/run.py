@@ -76,6 +76,7 @@ def prepare_job(config: TrainConfig) -> TrainJob:
     with nothing_written():
         dataset = open_dataset(config.data.uri)
         _check_splits(config, dataset)
+        _check_warmup(config, total_steps(config, dataset))
         check_tracking(config.tracking)
         card = make_card(config, dataset)
         return TrainJob(config, dataset, card, _try_network(config, card))
@@ -132,11 +133,15 @@ def make_card(config: TrainConfig, dataset: PreparedDataset) -> ModelCard:
     )
 
 
-def plan_only(job: TrainJob) -> TrainPlan:
-    """What a training would do; Ray is started only to ask a cluster that is named. Writes nothing."""
+def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
+    """What a training would do; Ray is started only to ask a cluster that is named. Writes nothing.
+
+    Refuses and warns of what `run_training` would before its first step.
+    """
     config = job.config
+    _warn_of_classes(job, events)
     named = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    executor = _start(config) if named else LocalExecutor()
+    executor = _start(config, events.warning) if named else LocalExecutor()
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
@@ -195,7 +200,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=changes)
 
 
-def _start(config: TrainConfig, warn: Callable[[str], None] = lambda _: None) -> Executor:
+def _start(config: TrainConfig, warn: Callable[[str], None]) -> Executor:
     cluster = ClusterConfig(executor=config.cluster.executor, address=config.cluster.address)
     return start_executor(SegpipeConfig(cluster=cluster), warn)
 
@@ -256,6 +261,16 @@ def _check_splits(config: TrainConfig, dataset: PreparedDataset) -> None:
     if both:
         raise ConfigError(
             f"the split {both[0]!r} is trained on and validated", "validation.splits", "Choose another."
+        )
+
+
+def _check_warmup(config: TrainConfig, steps: int) -> None:
+    warmup = config.train.warmup_steps
+    if warmup >= steps:
+        raise ConfigError(
+            f"the rate rises for {warmup} steps, the training has {steps}: it would never reach train.lr",
+            "train.warmup_steps",
+            f"Set it to {steps - 1} at most, or train for longer (train.steps, train.epochs).",
         )
 
 

@@ -75,14 +75,19 @@ def train(config: TrainConfig, events: TrainEvents | None = None) -> Trained:
     return run_training(prepare_job(config), events or Seen())
 
 
-def train_in_processes(config: TrainConfig, world: int) -> Trained:
-    """The same training by ``world`` processes with one thread each, connected by gloo."""
+def train_in_processes(config: TrainConfig, world: int, stop_after: int | None = None) -> Trained:
+    """The same training by ``world`` processes with one thread each, connected by gloo.
+
+    Worker 0 dies after step ``stop_after``; then this raises torch's `ProcessRaisedException`.
+    """
     job = prepare_job(config)
     run = started(job)
     task = WorkerTask(job.config, run, job.output)
     meeting = Path(job.output) / ".meeting"
-    mp.spawn(_process, (world, task, str(meeting)), nprocs=world)
-    meeting.unlink(missing_ok=True)
+    try:
+        mp.spawn(_process, (world, task, str(meeting), stop_after), nprocs=world)
+    finally:
+        meeting.unlink(missing_ok=True)
     return finish(open_storage(job.output), job.config, run, job.dataset, job.total_steps)
 
 
@@ -98,9 +103,13 @@ def started(job: TrainJob) -> TrainRun:
     return adopt_or_create(open_storage(job.output), run)
 
 
-def _process(rank: int, world: int, task: WorkerTask, meeting: str) -> None:
+def _process(rank: int, world: int, task: WorkerTask, meeting: str, stop_after: int | None) -> None:
+    def tell(what: StepRow | ScoreRow | str) -> None:
+        if isinstance(what, StepRow) and what.step == stop_after:
+            raise RuntimeError(f"stopped after step {what.step}")
+
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    run_worker(task, Comm(rank, world), "cpu", 1, lambda _: None)
+    run_worker(task, Comm(rank, world), "cpu", 1, tell)
     dist.destroy_process_group()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from runs import Seen, started, tiny_config, train, train_in_processes
 from tiny import tiny_dataset
+from torch.multiprocessing import ProcessRaisedException
 
 from segpipe.config.train import ValidationConfig
 from segpipe.datasets.prepared import open_dataset
@@ -98,15 +99,41 @@ def test_one_worker_with_eight_equals_two_with_four_and_two_with_shards(uri: str
         "train__loss": {"cross_entropy": 1, "dice": 1, "lovasz": 0.5, "focal": 0.5},
         "validation__every_steps": 20,
     }
-    losses = []
+    losses, scores = [], []
     for name, world, parallel in (("one", 1, "ddp"), ("two", 2, "ddp"), ("sharded", 2, "fsdp")):
         config = tiny_config(uri, tmp_path / name, train__parallel=parallel, **sets)
         train_in_processes(config, world) if world > 1 else train(config)
         losses.append(read_steps(open_storage(str(tmp_path / name)))["loss"].to_numpy())
+        scores += read_scores(open_storage(str(tmp_path / name))).to_pylist()
     assert len(losses[0]) == 20
     assert np.abs(losses[0] - losses[1]).max() < 1e-4
     assert np.abs(losses[0] - losses[2]).max() < 1e-4
     assert losses[0][-1] < losses[0][0]
+    labelled_px = sum(open_dataset(uri).split_class_px(["val"]))
+    assert [row["compared_px"] for row in scores] == [labelled_px] * 3
+    assert [row["miou"] for row in scores] == pytest.approx([scores[0]["miou"]] * 3, abs=2e-3)
+
+
+def test_a_stopped_training_goes_on_with_another_number_of_workers(uri: str, tmp_path: Path) -> None:
+    """Stopped within an epoch, whose other samples then fall to one worker."""
+    sets = {"train__batch_norm": "frozen", "train__log_order": True}
+    train(tiny_config(uri, tmp_path / "undisturbed", **sets))
+    config = tiny_config(uri, tmp_path / "run", **sets)
+    storage = open_storage(str(tmp_path / "run"))
+    with pytest.raises(ProcessRaisedException):
+        train_in_processes(config, 2, stop_after=5)
+    assert list_checkpoints(storage) == [4]
+    seen = Seen()
+    train(config, seen)
+    assert [row.step for row in seen.steps] == list(range(5, 13))
+    whole = read_steps(open_storage(str(tmp_path / "undisturbed")))["loss"].to_numpy()
+    found = read_steps(storage)["loss"].to_numpy()
+    assert len(found) == 12
+    assert np.abs(found - whole).max() < 1e-4
+    rows = read_order(storage).to_pylist()
+    for steps in (range(1, 7), range(7, 13)):  # an epoch has 21 samples in batches of 4
+        ids = [row["sample_id"] for row in rows if row["step"] in steps]
+        assert len(ids) == len(set(ids)) == 21
 
 
 def test_accumulated_micro_batches_equal_one_batch(uri: str, tmp_path: Path) -> None:
@@ -307,6 +334,12 @@ def test_a_training_that_is_not_at_its_end_is_not_finished(uri: str, tmp_path: P
         ({"train__batch_norm": "sync"}, "sync needs GPUs"),
         ({"train__parallel": "fsdp"}, "fsdp needs GPUs"),
         ({"train__precision": "fp16"}, "fp16 needs GPUs"),
+        ({"train__warmup_steps": 12}, r"train\.warmup_steps: .*rises for 12 steps, .*has 12: .*to 11 at"),
+        (
+            {"train__warmup_steps": 18, "train__steps": None, "train__epochs": 3, "train__schedule": "poly"},
+            r"train\.warmup_steps: .*rises for 18 steps, .*has 18: .*to 17 at most",
+        ),
+        ({"train__warmup_steps": 50, "train__schedule": "one_cycle"}, "rises for 50 steps"),
         ({"init__weights": "/nowhere/weights.pth"}, "no such"),
         ({"init__weights": __file__}, "not a safetensors file"),
     ],
@@ -317,6 +350,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=reason):
         train(tiny_config(uri, tmp_path / "run", **sets))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_may_rise_until_the_step_before_the_last(uri: str, tmp_path: Path) -> None:
+    seen = Seen()
+    train(tiny_config(uri, tmp_path / "run", train__schedule="constant", train__warmup_steps=11), seen)
+    assert [row.step for row in seen.steps if row.lr == 0.02] == [12]
 
 
 def test_a_batch_that_workers_cannot_share_names_one_that_they_can(uri: str, tmp_path: Path) -> None:
