@@ -149,6 +149,10 @@ def prepare(
             "--split", metavar="NAME=PART", help="A fraction, or a glob of sample ids; the rest is train."
         ),
     ] = None,
+    exclude_area: Annotated[
+        str | None,
+        typer.Option("--exclude-area", help="archive: URI of a file of areas; chips on one are left out."),
+    ] = None,
     form: Annotated[str | None, typer.Option("--format", help="parquet, or tar (WebDataset).")] = None,
     licence: Annotated[str | None, typer.Option("--licence", help="Licence text of the data.")] = None,
     config: Config = None,
@@ -165,6 +169,7 @@ def prepare(
         "sources": sources or None,
         "output": output,
         "labels": labels,
+        "archive.exclude_area": exclude_area,
         "format": form,
         "licence": licence,
         "cluster.executor": executor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from layouts import Heard, config_of, pixels_of, prepared, rows_of
 from rasterio.warp import transform_geom
 from scenes import AREAS, CLASSES, RASTERS, SMALL, blank, box, chips, write_areas, write_scene
 
+from segpipe.cli.main import main
 from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.splits import ground_cells
 from segpipe.errors import InputError
@@ -145,6 +147,20 @@ def test_excluded_areas_leave_out_the_chips_they_touch(tmp_path: Path) -> None:
     refs = chips(tmp_path, archive={"chip_px": 32, "exclude_area": str(exclude)})
     assert len(refs) == 7
     assert not {ref.sample_id for ref in refs} & {"a/r00000_c00032", "a/r00032_c00032"}
+
+
+def test_the_command_takes_an_excluded_area(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blank(tmp_path, "a", 96)
+    write_areas(tmp_path / "exclude.geojson", [box(40, -50, 41, -31.5)], "EPSG:32633")
+    sets = [f"classes={json.dumps(CLASSES)}", "archive.chip_px=32", "cluster.executor=local"]
+    words = ["prepare", "archive", str(tmp_path / "scenes"), "-o", str(tmp_path / "out"), "--labels", RASTERS]
+    words += ["--dry-run", "--json", *(word for item in sets for word in ("--set", item))]
+    samples = []
+    for more in ([], ["--exclude-area", str(tmp_path / "exclude.geojson")]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, *more])
+        samples.append(json.loads(capsys.readouterr().out)["samples"])
+    assert samples == [9, 7]
 
 
 def test_left_out_chips_and_empty_splits_are_said(tmp_path: Path) -> None:
