@@ -114,6 +114,13 @@ def test_a_metric_of_one_class_names_a_class(recipe: Recipe) -> None:
     assert kind != "iou" or name in recipe.class_names
 
 
+def test_the_best_weights_are_chosen_by_the_tiles_that_predict_uses(recipe: Recipe) -> None:
+    chosen_by = recipe.train.validation
+    for config in (recipe.predict, recipe.evaluate):
+        assert config.inference.margin_px == chosen_by.margin_px
+        assert config.inference.tile_px in ("auto", chosen_by.tile_px)  # auto: the model card's, validation's
+
+
 def test_the_network_can_be_built(recipe: Recipe) -> None:
     model = recipe.train.model
     with torch.device("meta"):
