@@ -1,7 +1,8 @@
 """The engine alone against the usual loop, pixels in memory: ``pytest -m benchmark -s`` prints the table.
 
 Variants are live processes that take turns (A B A B ...), so that other load falls on all alike; ratios are
-of medians. Times are printed and never asserted; classes are.
+of medians. Times are printed and never asserted; classes are: the engine may differ from the naive loop of
+batch 4 in as many pixels as the case allows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ROUNDS: Final = 3
 NAIVE_BATCHES: Final = (1, 2, 4, 8)
 BEST_NAIVE_TARGET: Final = 1.8
 """The engine against the naive loop at its own best batch."""
+NAIVE_DIFFERING_PPM: Final = 10.0
+"""Pixels in a million that may have another class in the naive loop at another batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Case:
     target: float
     """The engine against the naive loop at the same batch."""
     differing_ppm: float
-    """Pixels in a million that may have another class."""
+    """Pixels in a million that may have another class with the engine."""
 
     @property
     def name(self) -> str:
@@ -73,6 +76,7 @@ def test_engine_speed_against_the_naive_loop(case: Case, tmp_path: Path) -> None
     finally:
         for process in processes.values():
             process.close()
+    ppm = {variant: (mask != masks["naive", 4]).mean() * 1e6 for variant, mask in masks.items()}
     best_naive = min(median["naive", batch] for batch in NAIVE_BATCHES)
     print(f"\n{case.name} on {_machine()}; {mpx:.1f} Mpx of 512 px tiles, median of {ROUNDS} rounds in turns")
     for (loop, batch), time_s in median.items():
@@ -80,13 +84,13 @@ def test_engine_speed_against_the_naive_loop(case: Case, tmp_path: Path) -> None
         if loop == "engine":
             same = median["naive", batch] / time_s
             best = best_naive / time_s
-            ppm = (masks[loop, batch] != masks["naive", 4]).mean() * 1e6
             line += f"  {same:.2f} x naive at this batch (target {case.target})"
             line += f"  {best:.2f} x naive at its best (target {BEST_NAIVE_TARGET})"
-            line += f"  {ppm:.2f} differing pixels in 10^6 (allowed {case.differing_ppm:g})"
+            line += f"  {ppm[loop, batch]:.2f} differing pixels in 10^6 (allowed {case.differing_ppm:g})"
         print(line)
     for variant in variants:
-        assert (masks[variant] != masks["naive", 4]).mean() < 1e-5, f"{variant} gives other classes"
+        allowed_ppm = case.differing_ppm if variant[0] == "engine" else NAIVE_DIFFERING_PPM
+        assert ppm[variant] <= allowed_ppm, f"{variant} gives other classes"
         assert len(set(masks[variant].ravel().tolist())) == case.classes, (
             "the case does not exercise all classes"
         )
