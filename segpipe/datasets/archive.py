@@ -107,7 +107,7 @@ class ArchiveLayout:
         pixels, valid, label = opened.read(window, factor)
         if (label != IGNORE).mean() <= self._config.archive.min_label_fraction:
             return None
-        encoded, suffix = encode_image(pixels)
+        encoded, suffix = encode_image(pixels, valid)
         transform = None
         if header.transform is not None:
             transform = georef.coarser(georef.shift(header.transform, window), factor)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -129,7 +129,8 @@ class BatchStream:
         found = self._kept.get(group, row)
         if found is None:
             where = f"{self._groups[group].shard_key}: sample {sample.sample_id}"
-            found = decode_sample(sample, dataset, where)
+            decoded = decode_sample(sample, dataset, where)
+            found = decoded.filled(dataset.mean), decoded.label
             self._kept.add(group, row, found)
         rng = rng_of(self._seed, epoch, sample.sample_id)
         image, target = augment(*found, self._config.augment, dataset.mean, dataset.std, rng)
@@ -154,20 +155,40 @@ class BatchStream:
 _Ready = tuple[str, Array, Array]
 
 
-def decode_sample(sample: EncodedSample, dataset: PreparedDataset, where: str) -> tuple[Array, Array]:
-    """Pixels (bands, h, w) and label uint8 (h, w) of a sample.
+class DecodedSample(NamedTuple):
+    """What is in a shard for one sample."""
+
+    pixels: Array
+    """(bands, h, w)."""
+    valid: Array | None
+    """bool (h, w), false = no data; None = all are data."""
+    label: Array
+    """uint8 (h, w)."""
+
+    def filled(self, mean: Sequence[float]) -> Array:
+        """The pixels with the band mean where there is no data: what `segpipe predict` puts there."""
+        if self.valid is None:
+            return self.pixels
+        dtype = self.pixels.dtype
+        values = np.asarray(mean) if dtype.kind == "f" else np.rint(mean)
+        return np.where(self.valid, self.pixels, values.astype(dtype)[:, None, None])
+
+
+def decode_sample(sample: EncodedSample, dataset: PreparedDataset, where: str) -> DecodedSample:
+    """Decode a sample of a shard.
 
     Raises `InputError` that names the sample: it cannot be decoded, it has other bands or another size than
     its label, or a label that no class has.
     """
     fix = "Run `segpipe prepare` again."
     try:
-        pixels = decode_image(sample.image, where, LimitsConfig()).pixels
+        image = decode_image(sample.image, where, LimitsConfig())
         label = decode_mask(sample.label)
     except SceneError as error:
         raise InputError(f"the image cannot be used ({error.what})", where, fix) from error
     except DamagedMask as error:
         raise InputError(f"the label cannot be decoded ({error.what})", where, fix) from error
+    pixels = image.pixels
     if len(pixels) != dataset.bands:
         raise InputError(f"the image has {len(pixels)} bands, not {dataset.bands}", where, fix)
     if label.shape != pixels.shape[1:]:
@@ -179,7 +200,7 @@ def decode_sample(sample: EncodedSample, dataset: PreparedDataset, where: str) -
             where,
             fix,
         )
-    return pixels, label
+    return DecodedSample(pixels, image.valid, label)
 
 
 class ImageSlice:
@@ -191,11 +212,11 @@ class ImageSlice:
         self._dataset, self._rank, self._world, self._threads = dataset, rank, world, threads
         self._groups = dataset.groups(splits)
 
-    def __iter__(self) -> Iterator[tuple[str, Array, Array]]:
-        """Yield (sample id, pixels (bands, h, w), label uint8 (h, w)) in data set order, some read ahead."""
+    def __iter__(self) -> Iterator[tuple[str, DecodedSample]]:
+        """Yield sample ids and samples in data set order, some read ahead."""
         reader = GroupReader(self._dataset)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="segpipe-images") as pool:
-            waiting: deque[Future[tuple[str, Array, Array]]] = deque()
+            waiting: deque[Future[tuple[str, DecodedSample]]] = deque()
             try:
                 for group, rows in self._mine():
                     # Read before its samples are decoded: the pool takes what came first.
@@ -220,10 +241,10 @@ class ImageSlice:
 
     def _decode(
         self, group: GroupRef, row: int, read: Future[list[EncodedSample]]
-    ) -> tuple[str, Array, Array]:
+    ) -> tuple[str, DecodedSample]:
         sample = read.result()[row]
         where = f"{group.shard_key}: sample {sample.sample_id}"
-        return sample.sample_id, *decode_sample(sample, self._dataset, where)
+        return sample.sample_id, decode_sample(sample, self._dataset, where)
 
 
 class _KeptSamples:

@@ -76,7 +76,7 @@ def whole_sample(data: bytes, image: DecodedImage, label: Array) -> Sample:
     height, width = image.pixels.shape[1:]
     if image.valid is not None:
         label = np.where(image.valid, label, np.uint8(IGNORE))
-    encoded, suffix = (data, image.suffix) if image.plain else encode_image(image.pixels)
+    encoded, suffix = (data, image.suffix) if image.plain else encode_image(image.pixels, image.valid)
     window = Window(0, 0, height, width)
     return Sample(encoded, suffix, image.pixels, image.valid, label, window, image.crs, image.transform)
 
@@ -119,14 +119,20 @@ def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:
     return DecodedImage(pixels, valid, _SUFFIXES[raster.driver], facts.plain, crs, transform)
 
 
-def encode_image(pixels: Array) -> tuple[bytes, str]:
-    """Encode (bands, height, width) losslessly: 8-bit grey and RGB as PNG, else GeoTIFF; and the suffix."""
-    if pixels.dtype == np.uint8 and len(pixels) in (1, 3):
-        sink = io.BytesIO()
-        shown = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
-        Image.fromarray(shown).save(sink, "PNG", compress_level=4)
-        return sink.getvalue(), "png"
-    return encode_tiff(pixels), "tif"
+def encode_image(pixels: Array, valid: Array | None) -> tuple[bytes, str]:
+    """Encode (bands, height, width) losslessly: 8-bit grey and RGB as PNG, else GeoTIFF; and the suffix.
+
+    Pixels that ``valid``, bool (height, width), calls no data are transparent, or masked in a GeoTIFF.
+    """
+    if valid is not None and valid.all():
+        valid = None
+    if pixels.dtype != np.uint8 or len(pixels) not in (1, 3):
+        return encode_tiff(pixels, valid), "tif"
+    bands = pixels if valid is None else np.concatenate([pixels, valid[None] * np.uint8(255)])
+    shown = bands[0] if len(bands) == 1 else np.ascontiguousarray(bands.transpose(1, 2, 0))
+    sink = io.BytesIO()
+    Image.fromarray(shown).save(sink, "PNG", compress_level=4)
+    return sink.getvalue(), "png"
 
 
 def _facts(dataset: Any, where: str) -> _Facts:

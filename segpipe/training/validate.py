@@ -56,8 +56,8 @@ def count_images(
     waiting: deque[tuple[Array, Future[BlockResult]]] = deque()
     try:
         engine.start()
-        for _, pixels, label in ImageSlice(dataset, config.splits, comm.rank, comm.world):
-            height, width = label.shape
+        for _, sample in ImageSlice(dataset, config.splits, comm.rank, comm.world):
+            height, width = sample.label.shape
             grid = make_grid(
                 height,
                 width,
@@ -65,7 +65,8 @@ def count_images(
                 margin_px=config.margin_px,
                 block_px=_WHOLE_IMAGE_PX,
             )
-            waiting.append((label, engine.submit(pixels, None, grid.block(0).tiles)))
+            result = engine.submit(sample.pixels, sample.valid, grid.block(0).tiles)
+            waiting.append((sample.label, result))
             if len(waiting) > _IMAGES_IN_FLIGHT:
                 counts += _counted(*waiting.popleft(), card.num_classes)
         while waiting:

@@ -64,7 +64,7 @@ class Samples(Dataset[tuple[Any, Any]]):
         if group not in self._read:
             self._read[group] = self._reader.read(self._groups[group])
         sample, dataset = self._read[group][row], self._dataset
-        pixels, label = decode_sample(sample, dataset, "")
+        pixels, _, label = decode_sample(sample, dataset, "")
         rng = rng_of(0, epoch, sample.sample_id)
         return augment(pixels, label, self._config.augment, dataset.mean, dataset.std, rng)
 

@@ -119,9 +119,9 @@ def test_images_are_normalised(uri: str) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 9])
 def test_every_image_falls_to_one_worker(uri: str, world: int) -> None:
     dataset = open_dataset(uri)
-    found = [name for rank in range(world) for name, _, _ in ImageSlice(dataset, ("val",), rank, world)]
+    found = [name for rank in range(world) for name, _ in ImageSlice(dataset, ("val",), rank, world)]
     assert sorted(found) == [f"{number:03d}" for number in range(0, 24, 4)]
-    name, pixels, label = next(iter(ImageSlice(dataset, ("val",), 0, 1)))
+    name, (pixels, _, label) = next(iter(ImageSlice(dataset, ("val",), 0, 1)))
     assert (name, pixels.shape[1:]) == ("000", label.shape)
 
 
@@ -174,7 +174,7 @@ def test_a_label_without_class_is_named(uri: str) -> None:
     few = dataclasses.replace(dataset, classes=dataset.classes[:1])
     with pytest.raises(InputError, match="holds the value 2, the data set has classes 0 to 0"):
         decode_sample(sample, few, "shard: sample 1")
-    assert np.unique(decode_sample(sample, dataset, "")[1]).tolist() == [0, 1, 2, 255]
+    assert np.unique(decode_sample(sample, dataset, "").label).tolist() == [0, 1, 2, 255]
 
 
 def test_a_group_is_read_once_an_epoch(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
