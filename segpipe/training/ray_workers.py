@@ -95,6 +95,7 @@ class _RoomWatch:
         # Below its least number an elastic training asks for no placement group at all.
         self._elastic = pool.least != pool.most
         self._tell = tell
+        self._job_id = ray.get_runtime_context().get_job_id()
         self._looked_s = self._placed_s = time.monotonic()
         self._told = False
 
@@ -104,10 +105,11 @@ class _RoomWatch:
             return
         self._looked_s = now_s
         try:
-            groups = ray.util.placement_group_table().values()
+            groups = ray.util.placement_group_table().items()
         except RayError:
             return  # the board tells of it
-        states = {group["state"] for group in groups} - {"REMOVED"}
+        # Those of all jobs are there; an id ends with its job's.
+        states = {group["state"] for name, group in groups if name.endswith(self._job_id)} - {"REMOVED"}
         if states == {"CREATED"} or not (states or self._elastic):
             self._placed_s, self._told = now_s, False
         elif now_s - self._placed_s > _ROOM_WAIT_S and not self._told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,21 +15,26 @@ from segpipe.training import ray_workers
 from segpipe.training.resources import TrainPool
 
 POOL = TrainPool(2, 4, 3, "cuda", "bf16", 3, 3)
+JOB_ID = "01000000"
 LINE = "no room yet: 2 workers of 3 CPU and 1 GPU each must wait for nodes, or for the work of others"
 
 
 class Waits:
-    """A watch over the room of workers, a clock that the test sets, and Ray's placement groups."""
+    """A watch over the room of workers, a clock that the test sets, Ray's placement groups, other jobs'."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, pool: TrainPool) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pool: TrainPool, *others: str) -> None:
         self.now_s, self.states = 0.0, list[str]()
         self._told: list[Any] = []
         monkeypatch.setattr(ray_workers.time, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(
             ray.util,
             "placement_group_table",
-            lambda: {str(i): {"state": s} for i, s in enumerate(self.states)},
+            lambda: {
+                **{f"{number:08x}{JOB_ID}": {"state": state} for number, state in enumerate(self.states)},
+                **{f"ffff{number:04x}02000000": {"state": state} for number, state in enumerate(others)},
+            },
         )
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: JOB_ID))
         self._room = ray_workers._RoomWatch(pool, self._told.append)  # type: ignore[arg-type]
 
     def told_in(self, seconds: float, *states: str) -> list[Any]:
@@ -56,6 +62,12 @@ def test_an_elastic_training_without_any_place_waits_for_its_least_workers(
     assert waits.told_in(600) == [LINE]
     assert waits.told_in(600, "REMOVED", "CREATED") == []
     assert waits.told_in(600, "REMOVED") == [LINE]
+
+
+def test_the_workers_of_other_jobs_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = Waits(monkeypatch, POOL, "PENDING", "CREATED")
+    assert waits.told_in(600, "CREATED") == []
+    assert waits.told_in(600) == [LINE]
 
 
 class _Call:
