@@ -9,12 +9,11 @@ from pydantic import Field, model_validator
 
 from segpipe.config.load import load_model_config
 from segpipe.config.model import Auto, PositiveInt, Section
+from segpipe.config.prepare import SplitName
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 VALIDATION_METRICS: Final = ("miou", "mdice", "accuracy", "mean_accuracy", "fw_iou", "kappa")
-
-SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class AugmentConfig(Section):
@@ -124,7 +123,7 @@ class StepsConfig(Section):
     """Of SGD."""
     schedule: Literal["constant", "poly", "cosine", "one_cycle"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises linearly to ``lr``, not all steps; of one_cycle all that rise (0: 30 %)."""
+    """Steps in which the rate rises linearly to ``lr``; of one_cycle the rising part (0: 30 % of all)."""
     poly_power: Positive = 0.9
     clip_norm: Positive | None = 1.0
     """Largest norm of all gradients together; none: not clipped."""

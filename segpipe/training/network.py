@@ -63,10 +63,6 @@ class Network:
         self.forward = self._wrap(plain)
         self.train_mode()
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.plain.parameters())
-
     def train_mode(self) -> None:
         """Make the network ready for steps; validation leaves it in eval mode."""
         self.forward.train()
