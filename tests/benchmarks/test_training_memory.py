@@ -1,8 +1,9 @@
 """Peak memory of a training does not grow with the number of shards.
 
 Run: python -m pytest -m benchmark -s tests/benchmarks/test_training_memory.py
-Target: the largest resident memory of the worker process with 1,000 shards within 10 % of that with 10. The
-images are tiny, so that what is kept for a shard shows. SEGPIPE_BENCH_SHARDS sets the larger number.
+Target: the largest resident memory of the worker process with 1,000 shards within 10 % of that with 10. Both
+trainings take as many steps as it takes to read each of the 1,000 shards once. Images and crops are tiny, so
+that what is kept for a shard shows. SEGPIPE_BENCH_SHARDS sets the larger number.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from test_training_speed import prepare, train_config, write_images
+from test_training_speed import BATCH, prepare, train_config, write_images
 
 from segpipe.config.train import TrainConfig
 from segpipe.training.events import TrainEvents
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.benchmark
 
 FEW = 10
 MANY = int(os.environ.get("SEGPIPE_BENCH_SHARDS", "1000"))
-SHARD_SAMPLES, IMAGE_PX = 4, 40
+SHARD_SAMPLES, IMAGE_PX, CROP_PX = 4, 40, 32
+STEPS = -(-MANY * SHARD_SAMPLES // BATCH)  # one epoch of the many shards
 
 
 def test_peak_memory_is_flat_in_the_number_of_shards(tmp_path: Path) -> None:
@@ -37,9 +39,8 @@ def test_peak_memory_is_flat_in_the_number_of_shards(tmp_path: Path) -> None:
     peaks: dict[int, list[float]] = {FEW: [], MANY: []}
     for number in range(3):
         for shards, data in configs.items():
-            config = train_config(
-                data, tmp_path / f"out-{shards}-{number}", data__augment__crop_px=32, train__steps=20
-            )
+            output = tmp_path / f"out-{shards}-{number}"
+            config = train_config(data, output, data__augment__crop_px=CROP_PX, train__steps=STEPS)
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 before, peak = pool.apply(memory_of, (config,))
             peaks[shards].append(peak)

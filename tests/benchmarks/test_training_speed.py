@@ -50,8 +50,9 @@ from segpipe.training.worker import WorkerTask, run_worker
 pytestmark = pytest.mark.benchmark
 
 CORES = 2
-BATCH, CROP_PX, IMAGES, IMAGE_PX = 8, 256, 300, 384
-ROUNDS, STEPS = 3, 12
+BATCH, CROP_PX, IMAGE_PX = 8, 256, 384
+IMAGES = 1200  # far more than the windows of groups that a worker keeps: steps must read
+ROUNDS, STEPS = 3, 16  # a window of 8 groups of 16 samples is 16 steps: a timed round reads a new one
 WARM_STEPS = 6  # more than the batches that are made ahead, so that each timed step also makes one
 CLASSES = (ClassInfo(name="other", color=(0, 0, 0)), ClassInfo(name="bright", color=(255, 255, 255)))
 
@@ -251,13 +252,8 @@ def test_first_step_against_a_bare_script(tmp_path: Path) -> None:
     for number in range(6):
         seconds["script"].append(seconds_to_step([sys.executable, "-c", BARE_SCRIPT, str(raw)]))
         command = [sys.executable, "-m", "segpipe.cli.main", "train", "--executor", "local", "--data", data]
-        command += ["-o", str(tmp_path / f"out-{number}"), "--set", "train.steps=1"]
-        for value in (
-            "data.augment.crop_px=64",
-            "model.options={width: 16, depth: 4}",
-            "validation.splits=[]",
-        ):
-            command += ["--set", value]
+        command += ["-o", str(tmp_path / f"out-{number}")]
+        command += [word for value in START_SETS for word in ("--set", value)]
         seconds["segpipe"].append(seconds_to_step(command))
     ratios = [a / b for a, b in zip(seconds["segpipe"][1:], seconds["script"][1:], strict=True)]
     middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}
