@@ -181,7 +181,7 @@ def test_cost_of_a_sample(tmp_path: Path) -> None:
 
     def augmented(number: int) -> None:
         rng = rng_of(0, 0, encoded[number].sample_id)
-        augment(*decoded[number], config, dataset.mean, dataset.std, rng)
+        augment(decoded[number].pixels, decoded[number].label, config, dataset.mean, dataset.std, rng)
 
     decode_ms = median_cpu_ms(lambda number: decode_sample(encoded[number], dataset, ""), len(encoded))
     augment_ms = median_cpu_ms(augmented, len(encoded))
