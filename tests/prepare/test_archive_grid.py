@@ -105,13 +105,17 @@ def test_chips_are_cut_from_the_reduced_scene(tmp_path: Path) -> None:
     valid = (image != 0).any(axis=0)
     whole = naive_pixels(image, valid, 2)
     truth = naive_label(np.where(valid, label, 255), 2)
+    truth_valid = naive_label(np.where(valid, np.uint8(0), np.uint8(255)), 2) == 0
     rows = rows_of(tmp_path / "out")
     seen = np.zeros((66, 48), bool)
     for name, row in rows.items():
         top, left, height, width = (row["window"][key] for key in ("row_off", "col_off", "height", "width"))
         assert name == f"a/r{top:05d}_c{left:05d}"
         part = np.s_[top // 2 : (top + height + 1) // 2, left // 2 : (left + width + 1) // 2]
-        assert np.array_equal(pixels_of(row["image"]), whole[:, *part].transpose(1, 2, 0))
+        stored, known = pixels_of(row["image"]), truth_valid[part]
+        assert np.array_equal(stored[..., :3], whole[:, *part].transpose(1, 2, 0))
+        assert stored.shape[-1] == (3 if known.all() else 4)
+        assert known.all() or np.array_equal(stored[..., 3], known * np.uint8(255))
         assert np.array_equal(decode_mask(row["label"]), truth[part])
         assert decode_mask(row["label"]).shape == (32, 32)
         assert row["transform"] == [1, 0, 500_000 + left / 2, 0, -1, 5_000_000 - top / 2]

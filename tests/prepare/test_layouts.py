@@ -138,7 +138,7 @@ def test_folder_colours_and_palettes_are_read_alike(tmp_path: Path) -> None:
         assert np.array_equal(decode_mask(row["label"]), truth)
 
 
-def test_transparent_pixels_are_ignored_and_alpha_is_no_band(tmp_path: Path) -> None:
+def test_transparent_pixels_are_ignored_and_stay_transparent(tmp_path: Path) -> None:
     image = np.full((4, 5, 4), 90, np.uint8)
     image[..., 3] = 255
     image[1, 2:, 3] = 0
@@ -150,7 +150,7 @@ def test_transparent_pixels_are_ignored_and_alpha_is_no_band(tmp_path: Path) -> 
     assert (tree["bands"], tree["valid_px"], tree["ignore_px"]) == (3, 17, 3)
     assert tree["mean"] == [90, 90, 90]
     (row,) = rows_of(tmp_path / "out").values()
-    assert pixels_of(row["image"]).shape == (4, 5, 3)
+    assert np.array_equal(pixels_of(row["image"]), image)
     assert (decode_mask(row["label"])[1] == [1, 1, 255, 255, 255]).all()
 
 
