@@ -105,6 +105,7 @@ def naive_loop(model: nn.Module, pixels: Array, plan: TilePlan, batch: int) -> A
     for begin in range(0, len(spans), batch):
         part = spans[begin : begin + batch]
         x = normalised([pixels[:, r.start : r.start + side, c.start : c.start + side] for r, c in part])
+        x = x.to(next(model.parameters()).dtype)
         with torch.no_grad():
             classes = model(x).argmax(1).to(torch.uint8).numpy()
         for (row, col), tile in zip(part, classes, strict=True):
@@ -164,6 +165,8 @@ def _serve() -> None:
     plan = one_block(*pixels.shape[1:])
     model, card = trained_like(setup["family"], setup["classes"], pixels)
     engine = None
+    if setup["loop"] == "exact":  # the naive loop in float64: what both others round
+        model = model.double()
     if setup["loop"] == "engine":
         config = EngineConfig(
             tile_px=TILE_PX,
