@@ -36,7 +36,8 @@ def damaged(error: BaseException, where: str) -> CheckError:
     """Return the CheckError that says what a reader complained about, on one line."""
     lines = str(error).splitlines()
     what = f"the object is damaged ({lines[0][:200] if lines else type(error).__name__})"
-    return CheckError(what, where, "Delete it and run the command that made it again.")
+    fix = "Put a whole copy back. A mask object may be deleted: the run's own command writes it again."
+    return CheckError(what, where, fix)
 
 
 def open_parquet(
