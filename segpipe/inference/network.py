@@ -40,7 +40,7 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 
     try:
         # in float64: rounded once, the folded logits are as near to the true ones as the unfolded
-        return fuse(copy.deepcopy(module).double()).float()
+        return fuse(copy.deepcopy(module).double(), inplace=True).float()
     except Exception as error:  # fx raises many types: what a model's code does while traced is open
         _log.warning("batch norms are not folded: %s cannot be traced (%s)", type(module).__name__, error)
         return copy.deepcopy(module)

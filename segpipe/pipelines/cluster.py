@@ -99,11 +99,12 @@ class RayExecutor:
         import ray.data.exceptions
 
         _configure_data(ray.data.DataContext.get_current())
-        tables = [_unit_table(task) for task in tasks]
         with warnings.catch_warnings():
             # Restarts and retries have no named parameter in the Ray versions that we allow.
             warnings.simplefilter("ignore", DeprecationWarning)
-            results = ray.data.from_arrow(tables).map_batches(
+            # A row a task: made here, where rows of Arrow tables would first be counted by a Ray task.
+            rows = [{"part": task.part, "units": task.units.tolist()} for task in tasks]
+            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
                 PoolWorker,
                 fn_constructor_args=(setup,),
                 compute=ray.data.ActorPoolStrategy(
@@ -112,7 +113,7 @@ class RayExecutor:
                     max_tasks_in_flight_per_actor=4,
                     enable_true_multi_threading=True,
                 ),
-                batch_size=max(map(len, tasks)),  # a task at once; Ray asks for a number where there are GPUs
+                batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=pool.cpus_per_worker,
                 num_gpus=pool.gpus_per_worker or None,
@@ -168,7 +169,7 @@ class RayExecutor:
 
 
 class PoolWorker:
-    """A worker as Ray Data sees it: a batch of unit names in, a row a unit out."""
+    """A worker as Ray Data sees it: a row of unit names in, a row a unit out."""
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._fault: str | None = None
@@ -181,8 +182,8 @@ class PoolWorker:
         if self._fault is not None:
             yield _result_table(UnitResult(-1, -1, "deferred"), self._fault)
             return
-        units = zip(batch["part"].to_pylist(), batch["unit"].to_pylist(), strict=True)
-        for result in self._worker.run_units(units):
+        tasks = zip(batch["part"].to_pylist(), batch["units"].to_pylist(), strict=True)
+        for result in self._worker.run_units((part, unit) for part, units in tasks for unit in units):
             if result.device_failed:
                 # A process never gets its GPU back after a fault of it; another one takes the units.
                 os._exit(1)
@@ -217,11 +218,6 @@ def _stopped(error: Exception, where: str) -> IncompleteError:
         where,
         "Look at the cluster's nodes and their memory; the same command goes on where this one stopped.",
     )
-
-
-def _unit_table(task: PartUnits) -> Any:
-    part = pa.repeat(pa.scalar(task.part, pa.int32()), len(task))
-    return pa.table({"part": part, "unit": pa.array(task.units, pa.int32())})
 
 
 def _configure_data(context: Any) -> None:

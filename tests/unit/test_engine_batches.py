@@ -121,7 +121,7 @@ def test_a_failed_batch_fails_its_blocks_and_the_engine_goes_on(make_engine: Any
     assert engine.segment(large, None, grid_of(large).block(0).tiles).tiles_empty == 0
 
 
-def test_a_network_that_cannot_start_fails_every_block(make_engine: Any) -> None:
+def test_a_network_that_cannot_run_fails_every_block(make_engine: Any) -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("no kernel for this device")
@@ -131,7 +131,19 @@ def test_a_network_that_cannot_start_fails_every_block(make_engine: Any) -> None
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no kernel"):
             engine.segment(pixels, None, grid_of(pixels).block(0).tiles)
-    with pytest.raises(RuntimeError, match="no kernel"):
+
+
+def test_a_device_that_cannot_start_fails_every_block(make_engine: Any, unet: nn.Module) -> None:
+    class NoDevice(CountingPath):
+        def start(self) -> None:
+            raise RuntimeError("no such device")
+
+    pixels = make_pixels(TILE_PX, TILE_PX)
+    engine = make_engine(unet, make_card(3), NoDevice)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such device"):
+            engine.segment(pixels, None, grid_of(pixels).block(0).tiles)
+    with pytest.raises(RuntimeError, match="no such device"):
         engine.start().result(60)
 
 
