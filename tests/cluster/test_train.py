@@ -65,12 +65,12 @@ def arguments(data: Path | str, output: Path | str, *more: str, **sets: object) 
     return ["train", "--data", str(data), "--output", str(output), *pairs, *more]
 
 
-def newest(output: Path) -> int:
+def newest(output: Path | str) -> int:
     steps = list_checkpoints(open_storage(str(output)))
     return steps[-1] if steps else 0
 
 
-def wait_beyond(output: Path, step: int, command: Command, timeout_s: float = 240) -> int:
+def wait_beyond(output: Path | str, step: int, command: Command, timeout_s: float = 240) -> int:
     """Wait for a checkpoint after ``step``; the newest one's step."""
     end = time.monotonic() + timeout_s
     while (found := newest(output)) <= step:
@@ -169,6 +169,26 @@ def test_killed_and_stopped_trainings_end_with_the_bytes_of_two_plain_processes(
     assert (disturbed.output / "model.safetensors").read_bytes() == (
         tmp_path / "plain/model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.s3
+def test_a_training_with_data_and_output_on_s3_outlives_the_loss_of_a_worker(
+    data: Path, folder: Path, s3_prefix: str
+) -> None:
+    prepared, output = open_storage(f"{s3_prefix}/data"), f"{s3_prefix}/run"
+    for path in data.rglob("*"):
+        if path.is_file():
+            prepared.put(str(path.relative_to(data)), path.read_bytes())
+    sets = {"train__steps": 100, "checkpoints__every_steps": 5, "validation__every_steps": 50}
+    with started(arguments(f"{s3_prefix}/data", output, **sets), folder) as command:
+        seen = wait_beyond(output, 0, command)
+        workers = [pid for pid, name in tagged(command.tag).items() if name.startswith("ray::RayTrainWo")]
+        os.kill(workers[0], signal.SIGKILL)
+        assert command.wait() == 0, command.stderr
+    assert 0 < seen < 100
+    assert "goes on after step" in command.stderr
+    train_in_processes(tiny_config(str(data), folder / "plain", **sets), 2)
+    assert open_storage(output).read("model.safetensors") == (folder / "plain/model.safetensors").read_bytes()
 
 
 def test_a_signal_ends_a_training_and_says_how_to_go_on(disturbed: Disturbed) -> None:
