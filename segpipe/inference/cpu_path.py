@@ -74,25 +74,24 @@ class CpuPath:
         self._pool.submit(self._prepare).result()
 
     def _prepare(self) -> None:
-        """Make network, buffers and kernels ready, so that no block waits for them.
-
-        One after another in one thread: numba's tables, half filled, are not to be met by a second one.
-        """
+        """Make network, buffers and kernels ready, so that no block waits for them."""
         config, side, bands = self._config, self._config.tile_px, len(self._card.bands)
         for _ in range(self._lanes):
             self._inputs.put(np.zeros((self._pass_tiles, side, side, bands), np.float32))
-        self._load_kernels()
         self._forward = prepare_network(
             self._model, device="cpu", precision=config.precision, compile_network=config.compile
         )
         input_BHWN = self._inputs.get()
-        with torch.inference_mode():
-            low = first_call(self._forward, _as_images(input_BHWN), compile_network=config.compile)
+        with ThreadPoolExecutor(1, "segpipe-kernels") as beside:
+            loaded = beside.submit(self._load_kernels)
+            with torch.inference_mode():
+                low = first_call(self._forward, _as_images(input_BHWN), compile_network=config.compile)
+            loaded.result()
         self._classes(_as_rows(low)[0], (0, 1, 0, 1), np.zeros((side, side), np.uint8), 0, 0)
         self._inputs.put(input_BHWN)
 
     def _load_kernels(self) -> None:
-        """Load the compiled pixel loops, or compile them where no cache has them."""
+        """Load the compiled pixel loops, which takes about as long as the first forward pass."""
         bands = len(self._card.bands)
         scratch_HW = np.zeros((2, 2), np.uint8)
         image_HWN, pixels_NHW = np.zeros((2, 2, bands), np.float32), np.zeros((bands, 2, 2), self._card.dtype)

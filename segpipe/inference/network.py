@@ -36,11 +36,15 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     Of a module that cannot be traced a plain copy, with a warning in the log. It must be in eval mode; the
     one given is not modified.
     """
+    from torch.fx import GraphModule, Tracer
     from torch.fx.experimental.optimization import fuse
 
+    # In float64: rounded once, the folded logits are as near to the true ones as the unfolded.
+    exact = copy.deepcopy(module).double()
+    # By default fx swaps the functions of `math` while it traces, for all threads: numba then misses them.
+    tracer = Tracer(autowrap_modules=())  # type: ignore[arg-type]
     try:
-        # in float64: rounded once, the folded logits are as near to the true ones as the unfolded
-        return fuse(copy.deepcopy(module).double(), inplace=True).float()
+        return fuse(GraphModule(exact, tracer.trace(exact)), inplace=True, no_trace=True).float()
     except Exception as error:  # fx raises many types: what a model's code does while traced is open
         _log.warning("batch norms are not folded: %s cannot be traced (%s)", type(module).__name__, error)
         return copy.deepcopy(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,22 @@ def test_folding_keeps_the_logits_and_leaves_the_model_alone(unet: nn.Module) ->
     with torch.no_grad():
         torch.testing.assert_close(folded(x), unet(x), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(before[name], value) for name, value in unet.state_dict().items())
+
+
+def test_folding_changes_no_function_that_other_threads_may_be_compiling() -> None:
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(vars(math) == before)
+            return self.conv(x)
+
+    seen: list[bool] = []
+    before = dict(vars(math))
+    fold_batch_norms(Watching().eval())
+    assert seen == [True]
 
 
 def test_failing_compilation_says_what_to_install() -> None:
