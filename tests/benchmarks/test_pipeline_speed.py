@@ -17,6 +17,7 @@ from pathlib import Path
 import archives
 import numpy as np
 import pytest
+import steady
 from engine_loops import LoopProcess
 
 from segpipe.inference.defaults import CPU_BATCH
@@ -100,47 +101,15 @@ def test_whole_run_against_monai(folder: Path) -> None:
     print(f"steady state {archives.median(ratios):.2f} x MONAI sliding_window_inference (constant)")
 
 
-NOOP_SCRIPT = '''
-import sys, time
-import torch
-from segpipe.cli.progress import ProgressEvents
-from segpipe.config.load import load_config
-from segpipe.models import file
-from segpipe.models.blocks import SegmentationModel
-from segpipe.pipelines import predict
-
-class Noop(SegmentationModel):
-    """No network: class 0 everywhere, at the resolution of 1/32."""
-    def forward_low(self, x):
-        low = torch.zeros(x.shape[0], 2, x.shape[2] // 32, x.shape[3] // 32)
-        low[:, 0] = 1.0
-        return low
-
-_, card = file.load_model(sys.argv[1])
-file.load_model_bytes = lambda data, uri: (Noop().eval(), card)
-flags = {"input.scenes": [sys.argv[2]], "model": sys.argv[1], "output": sys.argv[3]}
-config = load_config(None, flags, ["cluster.executor=local"], "benchmark")
-begun = time.perf_counter()
-outcome = predict.run_job(predict.prepare(config), ProgressEvents(quiet=True))
-assert outcome.exit_code == 0, outcome
-print(time.perf_counter() - begun)
-'''
-
-
 def test_no_op_model_throughput(folder: Path) -> None:
     scene = archives.write_scene(folder / "scene.tif", SIDE_PX)
     model = archives.write_model(folder / "unet.safetensors", "unet:16")
-    sizes = (2, 8)
+    archive = archives.make_archive(folder, scene, 8)
     rates = []
     for _ in range(3):
-        seconds = []
-        for copies in sizes:
-            shutil.rmtree(folder / "run", ignore_errors=True)
-            archive = archives.make_archive(folder, scene, copies)
-            command = [sys.executable, "-c", NOOP_SCRIPT, str(model), str(archive), str(folder / "run")]
-            seconds.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        rates.append((sizes[1] - sizes[0]) * SIDE_PX**2 / 1e6 / (seconds[1] - seconds[0]))
-        print(f"no-op: {seconds[0]:.2f} s, {seconds[1]:.2f} s, {rates[-1]:.1f} Mpx/s", flush=True)
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        rates.append(steady.rate(steady.NOOP_MODEL, model, str(archive), str(folder / "run")))
+        print(f"no-op: {rates[-1]:.1f} Mpx/s", flush=True)
     print(f"no-op model: {archives.median(rates):.1f} Mpx/s (target 85)")
 
 
