@@ -183,11 +183,15 @@ class PoolWorker:
             yield _result_table(UnitResult(-1, -1, "deferred"), self._fault)
             return
         tasks = zip(batch["part"].to_pylist(), batch["units"].to_pylist(), strict=True)
-        for result in self._worker.run_units((part, unit) for part, units in tasks for unit in units):
-            if result.device_failed:
-                # A process never gets its GPU back after a fault of it; another one takes the units.
-                os._exit(1)
-            yield _result_table(result)
+        try:
+            for result in self._worker.run_units((part, unit) for part, units in tasks for unit in units):
+                if result.device_failed:
+                    # A process never gets its GPU back after a fault of it; another one takes the units.
+                    os._exit(1)
+                yield _result_table(result)
+        except SegpipeError as error:
+            self._fault = encode_fault(error)
+            yield _result_table(UnitResult(-1, -1, "deferred"), self._fault)
 
 
 _ARROW_TYPES = {"int": pa.int64(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()}

@@ -52,6 +52,9 @@ class BlockSource(Protocol):
     def start(self, scene: PlanScene, block: Block) -> Future[Segmented]:
         """Read what the block needs and return its classes to come. Raises SceneError."""
 
+    def check_start(self) -> None:
+        """Raise, as one of our errors, what keeps this source from computing any block."""
+
     def close(self) -> None: ...
 
 
@@ -89,7 +92,7 @@ class EngineSource:
     keeps_mask = True
 
     def __init__(self, engine: Engine, config: InputConfig) -> None:
-        self._engine = engine
+        self._engine, self._started = engine, engine.start()
         self._config = config
         self._readers: PerThread[SceneReader] = PerThread(lambda reader: reader.close())
 
@@ -111,6 +114,11 @@ class EngineSource:
                 self._readers.drop(key)
                 raise
             return self._engine.submit(pixels, valid, block.tiles)  # type: ignore[return-value]
+
+    def check_start(self) -> None:
+        """See `BlockSource`. Other faults, such as a lost GPU, are of one process and not of the run."""
+        if self._started.done() and isinstance(fault := self._started.exception(), SegpipeError):
+            raise fault
 
     def close(self) -> None:
         self._engine.close()
@@ -143,6 +151,9 @@ class MaskSource:
         future: Future[Segmented] = Future()
         future.set_result(Segmented(mask))
         return future
+
+    def check_start(self) -> None:
+        """See `BlockSource`: masks need no start."""
 
     def close(self) -> None:
         return
@@ -182,5 +193,4 @@ def make_source(info: RunInfo, config: InputConfig, model_uri: str | None) -> Bl
             blend=facts.blend,
         ),
     )
-    engine.start()
     return EngineSource(engine, config)

@@ -145,7 +145,10 @@ class Worker:
         self._write_pool.shutdown(wait=True, cancel_futures=True)
 
     def run_units(self, units: Iterable[tuple[int, int]]) -> Iterator[UnitResult]:
-        """Compute units and yield their results as they end, a few units ahead."""
+        """Compute units and yield their results as they end, a few units ahead.
+
+        Raises `SegpipeError` where the network cannot be made ready as the config wants it.
+        """
         waiting = deque(units)
         running: set[Future[UnitResult]] = set()
         while waiting or running:
@@ -153,7 +156,10 @@ class Worker:
                 running.add(self._start(*waiting.popleft()))
             ended, running = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
-                yield future.result()
+                result = future.result()
+                if result.status != "done":
+                    self._source.check_start()
+                yield result
 
     def write_failed(self, part: int, unit: int, kind: str, error: str) -> UnitResult:
         """Write a unit as failed without touching its pixels (a unit that kills its worker)."""

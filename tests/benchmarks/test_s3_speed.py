@@ -71,6 +71,9 @@ def test_rate_over_s3(tmp_path: Path, s3_prefix: str, kind: str, copies: int) ->
 class NoEngine:
     """Takes blocks as the engine does and lets them go."""
 
+    def start(self) -> Future[None]:
+        return self.submit()
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -73,15 +74,40 @@ def check_evaluate_job(archive: Archive, folder: Path, head: Head) -> None:
 
 def test_a_job_trains_with_two_workers_what_two_processes_train(folder: Path, head: Head) -> None:
     data = tiny_dataset(folder / "data")
-    sets = TINY | {"cluster.workers": 2}
-    words = [word for name, value in sets.items() for word in ("--set", f"{name}={json.dumps(value)}")]
-    entry = ["python", "-m", "jobs.train", "--data", data, "--output", str(folder / "run"), *words]
+    entry = ["python", "-m", "jobs.train", *training(data, folder / "run")]
     wait_for_jobs(head)
     code, job = submit(head, folder, entry)
     assert code == 0, job.stdout + job.stderr
     train_in_processes(tiny_config(data, folder / "plain", checkpoints__every_steps="-"), 2)
     plain, trained = ((folder / name / "model.safetensors").read_bytes() for name in ("plain", "run"))
     assert trained == plain
+
+
+def training(data: str, output: Path, **sets: str) -> list[str]:
+    """The options of a tiny training by two workers; ``sets`` have "__" for dots."""
+    values = TINY | {"cluster.workers": 2} | {name.replace("__", "."): value for name, value in sets.items()}
+    words = [word for name, value in values.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    return ["--data", data, "--output", str(output), *words]
+
+
+def test_a_prediction_and_two_trainings_at_once_share_a_cluster_that_has_room_for_one(
+    archive: Archive, undisturbed: dict[str, bytes], folder: Path, head: Head
+) -> None:
+    data = tiny_dataset(folder / "data")
+    trainings = [
+        ["train", *training(data, folder / name, cluster__address=head.gcs)] for name in ("one", "two")
+    ]
+    prediction = archive.predict(folder / "run", "--set", f"cluster.address={head.gcs}")
+    wait_for_jobs(head)
+    with ExitStack() as stack:
+        commands = [
+            stack.enter_context(started(words, folder, env=head.env)) for words in (*trainings, prediction)
+        ]
+        codes = [command.wait() for command in commands]
+    assert codes == [0, 0, 0], "\n".join(command.stderr for command in commands)
+    assert mask_objects(folder / "run") == undisturbed
+    one, two = ((folder / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
 
 
 HOLDER = """

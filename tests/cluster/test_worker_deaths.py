@@ -87,3 +87,16 @@ def test_an_error_in_a_workers_start_is_the_commands_error(archive: Archive, fol
         f"error: {model}: the weights do not fit the model card: missing" in command.stderr.splitlines()[-1]
     )
     assert str(REPOSITORY / "segpipe") not in command.stderr
+
+
+@pytest.mark.parametrize("executor", ["ray", "local"])
+def test_a_network_that_cannot_be_made_ready_ends_the_run_at_its_first_unit(
+    archive: Archive, folder: Path, executor: str
+) -> None:
+    arguments = archive.predict(folder / "run", "--executor", executor, "--set", "inference.compile=true")
+    env = {"CXX": str(folder / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    code, command = run(arguments, folder, env=env)
+    assert code == 2, command.stderr
+    assert command.stderr.splitlines()[-1].startswith("error: inference.compile: torch.compile failed: ")
+    assert "Traceback" not in command.stderr
+    assert mask_objects(folder / "run") == {}
