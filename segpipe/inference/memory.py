@@ -7,23 +7,31 @@ import platform
 from typing import Final
 
 _M_TRIM_THRESHOLD: Final = -1
+_M_TOP_PAD: Final = -2
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 _LARGEST: Final = 2**31 - 1
+_HEAP_BYTES: Final = 2**26
+"""Of one piece of an arena that is not the first."""
 
 
 def keep_freed_pages() -> bool:
-    """Tell malloc to serve large arrays from its one heap and never to give the heap back.
+    """Tell malloc to serve large arrays from its heaps and never to give the heaps back.
 
-    Mapping pages anew costs up to half of a forward pass on CPU. Threads share the heap: arenas of their own
-    are cut into pieces of 64 MB that are unmapped when empty. Holds for the whole process and cannot be
-    undone; call it before other threads start, then they have no arena yet. Returns whether it took effect:
-    not without glibc (musl, macOS), where nothing is changed.
+    Mapping pages anew costs up to half of a forward pass on CPU. Threads to come share one heap; those that
+    are here already, or take the place of such, have arenas of pieces of 64 MB, which malloc unmaps when
+    empty unless it is told to keep that much in reserve. Holds for the whole process and cannot be undone.
+    Returns whether it took effect: not without glibc (musl, macOS), where nothing is changed.
     """
     libc = _glibc()
     if libc is None:
         return False
-    options = (_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_ARENA_MAX, 1)
+    options = (
+        (_M_MMAP_THRESHOLD, _LARGEST),
+        (_M_TRIM_THRESHOLD, _LARGEST),
+        (_M_ARENA_MAX, 1),
+        (_M_TOP_PAD, 2 * _HEAP_BYTES),
+    )
     results = [libc.mallopt(option, value) for option, value in options]  # every one is to be tried
     return all(results)
 

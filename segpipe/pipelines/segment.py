@@ -167,7 +167,7 @@ def make_source(info: RunInfo, config: InputConfig, model_uri: str | None) -> Bl
         return MaskSource(info.masks_uri)
     from segpipe.inference.memory import keep_freed_pages
 
-    keep_freed_pages()  # before any thread of this process asks for memory
+    keep_freed_pages()  # before the threads that it is for
     from segpipe.inference.engine import Engine, EngineConfig
     from segpipe.models.file import load_model_bytes
 
