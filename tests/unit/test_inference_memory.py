@@ -61,9 +61,7 @@ def faults_of_a_thread_with_an_arena_of_its_own() -> int:
     def use(times: int) -> int:
         begin = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
         for _ in range(times):
-            places = [
-                libc.malloc(ctypes.c_size_t(LARGE_BYTES)) for _ in range(5)
-            ]  # more than a piece
+            places = [libc.malloc(ctypes.c_size_t(LARGE_BYTES)) for _ in range(5)]  # more than a piece
             for place in places:
                 ctypes.memset(place, 1, LARGE_BYTES)
                 libc.free(ctypes.c_void_p(place))
