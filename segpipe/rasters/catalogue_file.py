@@ -70,21 +70,29 @@ class CatalogueFile:
         """All rows in order. Raises ``InputError`` for a damaged file and a row without uri."""
         number = 0
         with _explained(self.uri), _opened(self.uri, self.version) as file:
-            for batch in _batches(file, self.uri):
+            for batch in self._batches(file):
                 for row in _typed(batch, self.extra).to_pylist():
                     number += 1
                     yield _row(number, row, self.extra.names, self.uri)
 
+    def _batches(self, file: BinaryIO) -> Iterator[pa.RecordBatch]:
+        if has_suffix(self.uri, (".csv",)):
+            yield from _csv(file, self.columns)
+        else:
+            yield from pq.ParquetFile(pa.PythonFile(file, mode="r")).iter_batches(_BATCH_ROWS)
+
 
 def open_catalogue(uri: str, version: Version) -> CatalogueFile:
     """Read the columns and, for CSV, the types that fit every row. Raises ``InputError``."""
-    with _explained(uri), _opened(uri, version) as file:
+    with _explained(uri):
         if has_suffix(uri, (".csv",)):
-            reader = _csv(file)
-            columns, types = _infer(reader)
+            columns = _csv_columns(uri, version)
+            with _opened(uri, version) as file:
+                types = _infer(_csv(file, columns))
             extra = pa.schema([(name, types[name]) for name in columns if name not in OWN_COLUMNS])
         else:
-            schema = pq.ParquetFile(pa.PythonFile(file, mode="r")).schema_arrow
+            with _opened(uri, version) as file:
+                schema = pq.ParquetFile(pa.PythonFile(file, mode="r")).schema_arrow
             columns = schema.names
             extra = pa.schema([(item.name, _plain(item)) for item in schema if item.name not in OWN_COLUMNS])
     doubled = sorted({name for name in columns if columns.count(name) > 1})
@@ -152,28 +160,27 @@ def _opened(uri: str, version: Version) -> Iterator[BinaryIO]:
         yield file
 
 
-def _batches(file: BinaryIO, uri: str) -> Iterator[pa.RecordBatch]:
-    if has_suffix(uri, (".csv",)):
-        yield from _csv(file)
-    else:
-        yield from pq.ParquetFile(pa.PythonFile(file, mode="r")).iter_batches(_BATCH_ROWS)
+def _csv_columns(uri: str, version: Version) -> list[str]:
+    """From a file of its own: what pyarrow reads ahead moves the file on after its reader is gone."""
+    with _opened(uri, version) as file:
+        names: list[str] = pacsv.open_csv(pa.PythonFile(file, mode="r"), *_csv_options()).schema.names
+        return names
 
 
-def _csv(file: BinaryIO) -> Any:
+def _csv(file: BinaryIO, columns: Sequence[str]) -> pacsv.CSVStreamingReader:
     """A reader of batches with every column as text; an empty cell is null."""
-    options = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
-    parse = pacsv.ParseOptions(newlines_in_values=True)
-    names = pacsv.open_csv(
-        pa.PythonFile(file, mode="r"), options, parse, pacsv.ConvertOptions(null_values=[""])
-    ).schema.names
-    file.seek(0)
     convert = pacsv.ConvertOptions(
-        column_types={name: pa.string() for name in names}, null_values=[""], strings_can_be_null=True
+        column_types={name: pa.string() for name in columns}, null_values=[""], strings_can_be_null=True
     )
-    return pacsv.open_csv(pa.PythonFile(file, mode="r"), options, parse, convert)
+    return pacsv.open_csv(pa.PythonFile(file, mode="r"), *_csv_options(), convert)
 
 
-def _infer(reader: Any) -> tuple[list[str], dict[str, pa.DataType]]:
+def _csv_options() -> tuple[pacsv.ReadOptions, pacsv.ParseOptions]:
+    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
+    return read, pacsv.ParseOptions(newlines_in_values=True)
+
+
+def _infer(reader: pacsv.CSVStreamingReader) -> dict[str, pa.DataType]:
     """The first type of _CSV_TYPES that fits all values of a column, whatever the order of the rows."""
     fitting: dict[str, list[pa.DataType]] = {
         name: [] if name in OWN_COLUMNS else list(_CSV_TYPES) for name in reader.schema.names
@@ -184,8 +191,7 @@ def _infer(reader: Any) -> tuple[list[str], dict[str, pa.DataType]]:
             fitting[name] = [kind for kind in fitting[name] if _fits(column, kind)]
             if column.null_count < len(column):
                 filled.add(name)
-    types = {name: kinds[0] if kinds and name in filled else pa.string() for name, kinds in fitting.items()}
-    return list(reader.schema.names), types
+    return {name: kinds[0] if kinds and name in filled else pa.string() for name, kinds in fitting.items()}
 
 
 def _fits(column: pa.Array, kind: pa.DataType) -> bool:

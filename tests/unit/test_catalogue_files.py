@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +18,7 @@ from scene_inputs import fault, ids, put, scenes
 from segpipe.config.model import InputConfig
 from segpipe.rasters import catalogue_file
 from segpipe.rasters.catalogue import list_scenes
+from segpipe.rasters.scene import Version
 
 
 def test_a_csv_catalogue_gives_ids_labels_masks_times_and_typed_columns(root: str) -> None:
@@ -51,6 +56,33 @@ def test_catalogue_types_fit_all_rows_however_late_they_change(
         first = next(found.pages(10))[0][0]
         assert len(found) == 2_000
     assert first.extra == {"mixed": "0", "number": 0.0}
+
+
+def test_a_csv_of_many_blocks_from_slow_storage_gives_every_row_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = catalogue_file._opened
+
+    @contextmanager
+    def slow(uri: str, version: Version) -> Iterator[BinaryIO]:
+        with opened(uri, version) as file:
+            read = file.read
+
+            def late(size_bytes: int = -1, /) -> bytes:
+                time.sleep(0.02)  # longer than the header is at work: what is read ahead comes after it
+                return read(size_bytes)
+
+            monkeypatch.setattr(file, "read", late, raising=False)
+            yield file
+
+    monkeypatch.setattr(catalogue_file, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(catalogue_file, "_opened", slow)
+    rows = [f"a.tif,s{index:06d},{index}" for index in range(1_000)]
+    put(str(tmp_path), "a.tif")
+    put(str(tmp_path), "cat.csv", data=("uri,scene_id,number\n" + "\n".join(rows)).encode())
+    found = scenes(str(tmp_path / "cat.csv"))
+    assert [source.scene_id for source in found] == [f"s{index:06d}" for index in range(1_000)]
+    assert [source.extra["number"] for source in found] == list(range(1_000))
 
 
 def test_a_parquet_catalogue_keeps_its_types(tmp_path: Path) -> None:
