@@ -25,6 +25,7 @@ LEVELS = {
     "config": 1,
     "errors": 0,
     "compiled": 0,
+    "pages": 0,
     "segpipe": 0,
 }
 SIDEWAYS = {("masks", "rasters"), ("cli", "demo"), ("demo", "cli"), ("training", "pipelines")}

@@ -8,6 +8,7 @@ import numpy as np
 
 from segpipe.geometry.grid import TilePlan, TileSpan
 from segpipe.inference import kernels
+from segpipe.pages import block_zeros
 
 Array = np.ndarray[Any, Any]
 
@@ -38,7 +39,7 @@ class Canvas:
         height = max(span.cell_stop - span.cell_start for span in plan.rows)
         self._plan = plan
         self._classes_HW = classes_HW
-        self._sums_HWC = np.zeros((height, classes_HW.shape[1], num_classes), np.float32)
+        self._sums_HWC = block_zeros((height, classes_HW.shape[1], num_classes), np.float32)
         self._top = 0
         self._row_ramps = [ramp(span, plan.tile_px) for span in plan.rows]
         self._col_ramps = {span.start: ramp(span, plan.tile_px) for span in plan.cols}

@@ -19,6 +19,7 @@ from segpipe.inference.blend import Canvas
 from segpipe.inference.config import EngineConfig
 from segpipe.inference.jobs import NO_DATA, BlockJob, Done, TileRef
 from segpipe.inference.network import Forward, first_call, prepare_network
+from segpipe.pages import block_zeros
 
 Array = np.ndarray[Any, Any]
 
@@ -104,7 +105,7 @@ class CpuPath:
 
     def open(self, job: BlockJob) -> None:
         """See `ComputePath`."""
-        classes_HW = np.zeros(job.reduced_shape, np.uint8)
+        classes_HW = block_zeros(job.reduced_shape, np.uint8)
         canvas = None
         if job.plan.blend == "linear":
             canvas = Canvas(job.plan, self._card.num_classes, classes_HW)
@@ -203,7 +204,7 @@ class CpuPath:
         def deliver() -> Array:
             mask_HW = state.classes
             if plan.downsample > 1:
-                mask_HW = np.empty((plan.out_height, plan.out_width), np.uint8)
+                mask_HW = block_zeros((plan.out_height, plan.out_width), np.uint8)
                 kernels.spread_classes(state.classes, plan.downsample, mask_HW)
             if valid_HW is not None:
                 kernels.mark_invalid(mask_HW, valid_HW, plan.row_off, plan.col_off, NO_DATA)

@@ -26,6 +26,7 @@ from rasterio.session import DummySession
 
 from segpipe.errors import ObjectChanged, ObjectMissing, SceneError
 from segpipe.geometry.grid import Window
+from segpipe.pages import block_zeros
 from segpipe.rasters.ranges import RangedObject
 from segpipe.rasters.scene import CHANGED_FIX, Version
 from segpipe.storage import Storage, open_object
@@ -133,7 +134,9 @@ class Raster:
     def read_mask(self, window: Window) -> Array:
         """The raster's own mask: uint8 (height, width), 0 = no data. Raises `SceneError` ``decode``."""
         where = _as_rasterio(window)
-        return self.call("decode", lambda dataset: dataset.read_masks(1, window=where))
+        out = block_zeros((window.height, window.width), np.uint8)
+        self.call("decode", lambda dataset: dataset.read_masks(1, window=where, out=out))
+        return out
 
     def close(self) -> None:
         """Close it; further calls do nothing."""

@@ -15,6 +15,7 @@ from segpipe.config.card import IGNORE, ClassInfo
 from segpipe.config.model import InputConfig
 from segpipe.errors import ConfigError, SceneError
 from segpipe.geometry.grid import Window
+from segpipe.pages import block_zeros
 from segpipe.rasters import shards
 from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_bytes
 from segpipe.rasters.header import check_limits
@@ -125,7 +126,7 @@ class LabelReader:
         """
         facts, decoder = self._facts, self._decoder
         bands = decoder.bands if facts.alpha is None else (*decoder.bands, facts.alpha)
-        pixels = np.empty((len(bands), window.height, window.width), facts.dtype)
+        pixels = block_zeros((len(bands), window.height, window.width), facts.dtype)
         with faults_as("label_read"):
             self._raster.read(bands, window, pixels)
             mask = self._raster.read_mask(window) if facts.mask else None
@@ -147,7 +148,7 @@ class LabelReader:
 
     def _classes(self, pixels: Array, mask: Array | None) -> Array:
         height, width = pixels.shape[1:]
-        out = np.empty((height, width), np.uint8)
+        out = block_zeros((height, width), np.uint8)
         unmapped: set[int | float] = set()
         rows = max(1, _CHUNK_PX // width)
         for start in range(0, height, rows):

@@ -11,6 +11,7 @@ import numpy as np
 from segpipe.config.model import InputConfig
 from segpipe.errors import SceneError
 from segpipe.geometry.grid import Window
+from segpipe.pages import block_zeros
 from segpipe.rasters.driver import Raster, faults_as
 from segpipe.rasters.header import find_rule_of, is_palette, open_sidecar, open_source, uses_sidecar
 from segpipe.rasters.scene import CHANGED_FIX, SceneHeader, SceneSource
@@ -107,13 +108,13 @@ class SceneReader:
         bands = self._header.bands if self._palette is None else (1,)
         alpha = () if self._rule.alpha is None else (self._rule.alpha,)
         shape = (len(bands) + len(alpha), window.height, window.width)
-        together = np.empty(shape, self._header.dtype)
+        together = block_zeros(shape, self._header.dtype)
         self._raster.read((*bands, *alpha), window, together)
         return together[: len(bands)], together[-1] if alpha else None
 
     @staticmethod
     def _read_sidecar(sidecar: Raster, window: Window) -> Array:
-        mask = np.empty((1, window.height, window.width), np.uint8)
+        mask = block_zeros((1, window.height, window.width), np.uint8)
         with faults_as("valid_mask"):
             sidecar.read((1,), window, mask)
         return mask[0]

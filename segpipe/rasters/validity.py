@@ -14,6 +14,7 @@ import numpy as np
 from rasterio.enums import ColorInterp, MaskFlags
 
 from segpipe.errors import SceneError
+from segpipe.pages import block_zeros
 
 Array = np.ndarray[Any, Any]
 
@@ -91,14 +92,14 @@ def no_data_by_value(pixels: Array, nodata: Sequence[float] | None) -> Array | N
         bad = _bad_rows(part, values, floats)
         if bad is not None and bad.any():
             if found is None:
-                found = np.zeros((height, width), np.bool_)
+                found = block_zeros((height, width), np.bool_)
             found[start : start + rows] = bad
     return found
 
 
 def join_no_data(no_data: Array | None, mask: Array) -> Array | None:
     """``no_data`` or ``mask == 0``; None where that is nowhere."""
-    zeros = mask == 0
+    zeros = np.equal(mask, 0, out=block_zeros(mask.shape, np.bool_))
     if not zeros.any():
         return no_data
     return zeros if no_data is None else np.logical_or(no_data, zeros, out=no_data)
