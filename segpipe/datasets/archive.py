@@ -14,7 +14,7 @@ from segpipe.config.model import InputConfig
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets import archive_places as places
 from segpipe.datasets.archive_grid import ReducedGrid, reduce_label, reduce_pixels
-from segpipe.datasets.archive_labels import Exclusion, ReadLabel, open_scene_label
+from segpipe.datasets.archive_labels import Exclusion, ReadLabel, check_areas, open_scene_label
 from segpipe.datasets.folder import labelled_scenes
 from segpipe.datasets.images import encode_image
 from segpipe.datasets.layout import LEFT_OUT, Sample, SampleRef
@@ -57,7 +57,7 @@ class ArchiveLayout:
     def listing(self) -> Iterator[SampleRef]:
         """The scenes."""
         for scene in labelled_scenes(self._config):
-            check_vector_support(scene.label_uri)
+            check_areas(scene.label_uri, self._config)
             yield SampleRef(scene.scene_id, "", scene, scene.version.size_bytes)
 
     def expand(self, ref: SampleRef) -> list[SampleRef]:

@@ -14,7 +14,7 @@ from segpipe.errors import InputError, SceneError
 from segpipe.geometry.grid import Window
 from segpipe.rasters.labels import open_label
 from segpipe.rasters.scene import SceneHeader, SceneSource, Version
-from segpipe.rasters.vectors import burn, is_vector, overlaps, read_areas, window_bbox
+from segpipe.rasters.vectors import burn, check_vector_support, is_vector, overlaps, read_areas, window_bbox
 from segpipe.storage import open_object
 
 Array = np.ndarray[Any, Any]
@@ -39,6 +39,14 @@ def open_scene_label(scene: SceneSource, header: SceneHeader, config: PrepareCon
     areas = read_areas(scene.label_uri, scene.label_version, crs)
     values = [_class_of(area.properties, config, scene.label_uri) for area in areas]
     yield lambda window: burn(areas, values, transform, window)
+
+
+def check_areas(uri: str | None, config: PrepareConfig) -> None:
+    """Raise `InputError` where a label is a file of areas that cannot be read, or become no class here."""
+    check_vector_support(uri)
+    if is_vector(uri) and config.archive.class_property is None and len(config.classes) < 2:
+        what = f"areas are class 1, ground is class 0, and classes names {len(config.classes)}"
+        raise InputError(what, uri or "", "Name both in classes, the ground first.")
 
 
 class Exclusion:

@@ -18,7 +18,7 @@ from segpipe.config.card import IGNORE
 from segpipe.config.model import LimitsConfig
 from segpipe.config.train import DataConfig
 from segpipe.datasets.augment import augment, rng_of
-from segpipe.datasets.groups import EncodedSample, GroupReader
+from segpipe.datasets.groups import REPLACE_SHARD, EncodedSample, GroupReader
 from segpipe.datasets.images import decode_image
 from segpipe.datasets.order import LaneBatch, SampleOrder, lanes_of
 from segpipe.datasets.prepared import GroupRef, PreparedDataset
@@ -180,7 +180,7 @@ def decode_sample(sample: EncodedSample, dataset: PreparedDataset, where: str) -
     Raises `InputError` that names the sample: it cannot be decoded, it has other bands or another size than
     its label, or a label that no class has.
     """
-    fix = "Run `segpipe prepare` again."
+    fix = REPLACE_SHARD
     try:
         image = decode_image(sample.image, where, LimitsConfig())
         label = decode_mask(sample.label)

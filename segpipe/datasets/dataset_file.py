@@ -13,6 +13,7 @@ from segpipe.datasets.plan import FORMAT, ShardPlan, dataset_key
 from segpipe.datasets.shards import ShardMeta
 from segpipe.datasets.statistics import Sums
 from segpipe.errors import InputError
+from segpipe.geometry.resolution import is_coarser
 from segpipe.storage import Storage
 
 DATASET_KEY: Final = "dataset.json"
@@ -102,11 +103,15 @@ def read_dataset(storage: Storage) -> dict[str, Any] | None:
 
 
 def _pixel_sizes(config: PrepareConfig, total: Sums) -> dict[str, Any]:
-    """``pixel_m``: what was asked for, else what the samples have in common, metres; null where unknown."""
+    """``pixel_m``: what was asked for, else what the samples have in common, metres; null where unknown.
+
+    What was asked for counts unless all scenes are too fine to be reduced to it.
+    """
     asked = config.archive.pixel_m if config.layout == "archive" else None
     sizes = None if total.pixel_m_min is None else [total.pixel_m_min, total.pixel_m_max]
+    reached = asked is not None and sizes is not None and not is_coarser(sizes[1], asked)
     return {
-        "pixel_m": total.common_pixel_m() if asked is None or sizes is None else asked,
+        "pixel_m": asked if reached else total.common_pixel_m(),
         "pixel_m_range": sizes,
         "pixel_m_unknown": total.pixel_m_unknown,
     }

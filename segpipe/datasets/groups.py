@@ -19,7 +19,7 @@ from segpipe.storage import open_storage
 
 _COLUMNS: Final = ["sample_id", "image", "label"]
 _KEPT_FOOTERS: Final = 64
-_FIX: Final = "Delete it and run the same `segpipe prepare` again."
+REPLACE_SHARD: Final = "Delete the shard and run the same `segpipe prepare` again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class GroupReader:
             shard = self._open(key)
             samples = self._tar(key, shard, group) if key.endswith(".tar") else self._rows(key, shard, group)
         except ObjectMissing as error:
-            raise InputError("the shard is gone", self._storage.uri(key), _FIX) from error
+            raise InputError("the shard is gone", self._storage.uri(key), REPLACE_SHARD) from error
         except (
             pa.ArrowInvalid,
             pa.ArrowNotImplementedError,
@@ -73,12 +73,14 @@ class GroupReader:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"the shard is cut short or damaged ({first_line(error)})", self._storage.uri(key), _FIX
+                f"the shard is cut short or damaged ({first_line(error)})",
+                self._storage.uri(key),
+                REPLACE_SHARD,
             ) from error
         except OSError as error:
             if type(error) is OSError:  # what Arrow raises for pages that cannot be unpacked
                 raise InputError(
-                    f"the shard is damaged ({first_line(error)})", self._storage.uri(key), _FIX
+                    f"the shard is damaged ({first_line(error)})", self._storage.uri(key), REPLACE_SHARD
                 ) from error
             raise
         if len(samples) != group.samples:
@@ -145,7 +147,7 @@ class GroupReader:
         ]
 
     def _wrong_count(self, key: str, what: str) -> InputError:
-        return InputError(what, self._storage.uri(key), _FIX)
+        return InputError(what, self._storage.uri(key), REPLACE_SHARD)
 
 
 def _tar_members(file: Any) -> tuple[tuple[str, dict[str, tuple[int, int]]], ...]:

@@ -17,7 +17,7 @@ from segpipe.geometry.georef import Transform
 from segpipe.geometry.grid import Window
 from segpipe.rasters import georeference
 from segpipe.rasters.chips import encode_tiff
-from segpipe.rasters.driver import open_raster_bytes
+from segpipe.rasters.driver import Raster, open_raster_bytes
 from segpipe.rasters.header import check_limits
 from segpipe.rasters.labels import open_label
 from segpipe.rasters.scene import SceneSource
@@ -100,6 +100,7 @@ def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:
     with open_raster_bytes(data, where) as raster:
         raster.call("header", lambda dataset: check_limits(dataset, raster.driver, where, limits))
         facts = raster.call("header", lambda dataset: _facts(dataset, where))
+        plain = facts.plain and _is_within(raster, where, LimitsConfig())
         window = Window(0, 0, facts.height, facts.width)
         alpha = () if facts.rule.alpha is None else (facts.rule.alpha,)
         shape = (len(facts.bands) + len(alpha), facts.height, facts.width)
@@ -116,7 +117,7 @@ def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:
         no_data = no_data if zeros is None else join_no_data(no_data, zeros)
     valid = None if no_data is None else ~no_data
     crs, transform = facts.located
-    return DecodedImage(pixels, valid, _SUFFIXES[raster.driver], facts.plain, crs, transform)
+    return DecodedImage(pixels, valid, _SUFFIXES[raster.driver], plain, crs, transform)
 
 
 def encode_image(pixels: Array, valid: Array | None) -> tuple[bytes, str]:
@@ -152,6 +153,14 @@ def _facts(dataset: Any, where: str) -> _Facts:
         located=georeference.of_dataset(dataset),
         plain=not alpha and palette is None,
     )
+
+
+def _is_within(raster: Raster, where: str, limits: LimitsConfig) -> bool:
+    try:
+        raster.call("header", lambda dataset: check_limits(dataset, raster.driver, where, limits))
+    except SceneError:
+        return False
+    return True
 
 
 def _palette(dataset: Any) -> Array | None:

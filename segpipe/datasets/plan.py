@@ -70,12 +70,11 @@ def _split_rank(split: str) -> tuple[int, str]:
 
 
 def _check_ids(ordered: list[SampleRef]) -> None:
-    seen: dict[str, str] = {}
+    seen: dict[str, SampleRef] = {}
     for ref in ordered:
-        if (other := seen.setdefault(ref.sample_id, ref.scene.where)) is not ref.scene.where:
-            raise InputError(
-                f"two samples have the id {ref.sample_id!r}", f"{other} and {ref.scene.where}", "Rename one."
-            )
+        if (other := seen.setdefault(ref.sample_id, ref)) is not ref:
+            where = f"{other.scene.where} and {ref.scene.where}"
+            raise InputError(f"two samples have the id {ref.sample_id!r}", where, "Rename one.")
 
 
 def _recipe(config: PrepareConfig) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def split_of(sample_id: str, place: str, config: SplitConfig) -> str:
 def ground_cells(bbox: Bbox, grid_m: float) -> Iterator[tuple[int, int]]:
     """(row, column) of all ground cells that a box touches; west, south, east, north in degrees.
 
-    Rows are ``grid_m`` high along the meridian; within a row the columns have that width at its middle.
+    ``east`` is above 180 where the box crosses the antimeridian, at which a row's last column ends. Rows are
+    ``grid_m`` high along the meridian; within a row the columns have that width at its middle.
     """
     west, south, east, north = bbox
     step = grid_m / _DEGREE_M
@@ -46,6 +47,7 @@ def ground_cells(bbox: Bbox, grid_m: float) -> Iterator[tuple[int, int]]:
         middle = math.radians(min(89.9, max(-89.9, (row + 0.5) * step)))
         width = step / math.cos(middle)
         around = math.ceil(360.0 / width)
-        first, last = math.floor((west + 180.0) / width), math.floor((east + 180.0) / width)
-        for col in range(first, last + 1):
-            yield row, col % around
+        for left, right in [(west, east)] if east <= 180.0 else [(west, 180.0), (-180.0, east - 360.0)]:
+            first, last = math.floor((left + 180.0) / width), math.floor((right + 180.0) / width)
+            for col in range(first, min(last, around - 1) + 1):
+                yield row, col

@@ -215,7 +215,7 @@ def _band_plan(bands: int, found: Match, source: ModelCard | None, card: ModelCa
     names: Sequence[str] | None = None
     if source is not None:
         names = source.bands
-    elif found.layout.rgb and sorted(card.bands) == sorted(_RGB):
+    elif found.layout.rgb:
         names = _RGB  # blue, green, red must not get each other's weights
     return plan_bands(bands, names if names is not None and len(names) == bands else None, card.bands)
 

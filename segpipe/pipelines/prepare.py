@@ -14,9 +14,9 @@ from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef, first_few
 from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
 from segpipe.datasets.shards import ShardMeta
-from segpipe.datasets.write import ShardResult, ShardTask, make_shard
+from segpipe.datasets.write import ShardTask, make_shard
 from segpipe.errors import ConfigError, InputError, SceneError
-from segpipe.geometry.resolution import is_coarser
+from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser
 from segpipe.pipelines.events import Events, counted
 from segpipe.pipelines.local import Executor
 from segpipe.pipelines.predict import nothing_written, start_executor
@@ -52,7 +52,8 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
             shards, left_out = _plan(config, layout, executor)
             there = _look_at_output(storage, shards)
         if there is not None:
-            return Prepared(config.output, _adopted(storage, config, there, events), 0)
+            again = _replace_lost(storage, config, layout, shards, executor, events)
+            return Prepared(config.output, _adopted(storage, config, there, again, events), again)
         num_samples = sum(len(shard.refs) for shard in shards)
         events.message(f"{counted(num_samples, 'sample')} in {counted(len(shards), 'shard')}")
         if left_out:
@@ -74,21 +75,39 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
         events.warning(f"splits without a sample: {first_few(empty)}")
     _warn_of_pixel_sizes(config, tree, events)
     if not storage.put_if_absent(DATASET_KEY, to_json(tree)):
-        tree = _adopted(storage, config, _look_at_output(storage, shards) or tree, events)
+        tree = _adopted(storage, config, _look_at_output(storage, shards) or tree, written, events)
     return Prepared(config.output, tree, written)
 
 
 def _adopted(
-    storage: Storage, config: PrepareConfig, there: dict[str, Any], events: Events
+    storage: Storage, config: PrepareConfig, there: dict[str, Any], written: int, events: Events
 ) -> dict[str, Any]:
     """The data set that is there, of the same samples; a licence text of this config replaces its own."""
     tree = with_licence(there, config)
     if tree == there:
-        events.message("the data set is there already; nothing to do")
+        if not written:
+            events.message("the data set is there already; nothing to do")
         return there
     storage.put(DATASET_KEY, to_json(tree))
     events.message("the data set is there already; its licence text is replaced")
     return tree
+
+
+def _replace_lost(
+    storage: Storage,
+    config: PrepareConfig,
+    layout: Layout,
+    shards: Sequence[ShardPlan],
+    executor: Executor,
+    events: Events,
+) -> int:
+    """Make the shards again that a finished data set has lost, to the same bytes; returns how many."""
+    there = {info.key for page in storage.list("shards/") for info in page}
+    lost = [shard for shard in shards if shard.key not in there]
+    if not lost:
+        return 0
+    events.message(f"the data set is there, but {counted(len(lost), 'shard')} of it gone: made again")
+    return _make_shards(config, layout, lost, executor, events)[1]
 
 
 def _warn_of_pixel_sizes(config: PrepareConfig, tree: dict[str, Any], events: Events) -> None:
@@ -100,6 +119,11 @@ def _warn_of_pixel_sizes(config: PrepareConfig, tree: dict[str, Any], events: Ev
     sizes = tree["pixel_m_range"]
     if sizes is not None and is_coarser(asked, sizes[1]):
         events.warning(f"pixels of up to {sizes[1]:.3g} m, much coarser than archive.pixel_m, {asked} m")
+    if sizes is not None and is_coarser(sizes[0], asked):
+        events.warning(
+            f"pixels of {sizes[0]:.3g} m, much finer than archive.pixel_m, {asked} m: "
+            f"a scene is reduced by {MAX_DOWNSAMPLE} at most"
+        )
 
 
 def plan_prepare(config: PrepareConfig) -> list[ShardPlan]:
@@ -143,7 +167,7 @@ def _samples(layout: Layout, executor: Executor, where: str) -> Iterator[SampleR
     for refs, faults in executor.map_ordered(expand, chunks):
         faulty += faults
         yield from refs
-    _refuse(faulty, "scene", where)
+    _refuse(faulty, "scene", where, "Repair them, or leave them out.")
 
 
 def _look_at_output(storage: Storage, shards: Sequence[ShardPlan]) -> dict[str, Any] | None:
@@ -174,39 +198,39 @@ def _make_shards(
     """The meta of every shard in order, and how many were written now."""
     assert config.output is not None
     tasks = [ShardTask(shard, layout, config.output, config.format) for shard in shards]
+    first_ids = {shard.number: shard.refs[0].sample_id for shard in shards}
     metas: list[ShardMeta] = []
     faults: list[str] = []
     written, said_s = 0, time.monotonic()
-    for result in executor.map_ordered(make_shard, tasks):
+    for done, result in enumerate(executor.map_ordered(make_shard, tasks), start=1):
         faults += result.faults
         if result.meta is not None:
             metas.append(result.meta)
-            faults += _odd_bands(metas, shards, result)
+            faults += _odd_bands(metas, first_ids[result.number])
             written += not result.skipped
-        done = result.number + 1
         if time.monotonic() - said_s > _MESSAGE_EVERY_S and done < len(shards):
             said_s = time.monotonic()
             events.message(f"{done} of {len(shards)} shards")
-    _refuse(faults, "sample", ", ".join(config.sources))
+    fix = (
+        "Repair them, and the same command goes on. If you leave some out instead, remove the shards in "
+        f"{config.output} first: they are cut anew."
+    )
+    _refuse(faults, "sample", ", ".join(config.sources), fix)
     return metas, written
 
 
-def _refuse(faults: Sequence[str], noun: str, where: str) -> None:
+def _refuse(faults: Sequence[str], noun: str, where: str, fix: str) -> None:
     if faults:
-        raise InputError(
-            f"{counted(len(faults), noun)} cannot be used: {first_few(faults)}",
-            where,
-            "Repair them, or leave them out; the same command then goes on.",
-        )
+        raise InputError(f"{counted(len(faults), noun)} cannot be used: {first_few(faults)}", where, fix)
 
 
-def _odd_bands(metas: list[ShardMeta], shards: Sequence[ShardPlan], result: ShardResult) -> list[str]:
+def _odd_bands(metas: list[ShardMeta], first_id: str) -> list[str]:
     """The fault of a shard whose images are of another kind than those of the first shard."""
     first = next((meta for meta in metas if meta.bands), None)
     last = metas[-1]
     if first is None or not last.bands or (first.bands, first.dtype) == (last.bands, last.dtype):
         return []
     return [
-        f"{shards[result.number].refs[0].sample_id} (bands): {last.bands} bands of {last.dtype}, "
+        f"{first_id} (bands): {last.bands} bands of {last.dtype}, "
         f"the first samples have {first.bands} of {first.dtype}"
     ]

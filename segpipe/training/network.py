@@ -91,6 +91,8 @@ class Network:
         if self._sharded or self._config.train.batch_norm == "sync":
             return self._rebuilt(source)
         self._comm.broadcast(source.state_dict().values())
+        if self.device.startswith("cuda"):  # who scores it copies it on a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()
         return source
 
     def tensors(self) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from segpipe.training.finish import Trained, finish
 from segpipe.training.history import ScoreRow, StepRow
 from segpipe.training.model_card import without_credentials
 from segpipe.training.network import check_hardware
+from segpipe.training.passes import check_passes
 from segpipe.training.resources import TrainPool, plan_training
 from segpipe.training.run_file import TrainFacts, TrainRun, adopt_or_create, make_recipe
 from segpipe.training.tracking import check_tracking
@@ -145,6 +146,7 @@ def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
+        check_passes(config, job.card, pool.most)
     finally:
         executor.close()
     with nothing_written():
@@ -165,6 +167,7 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
+        check_passes(config, job.card, pool.most)
         run = _adopted(job, pool, storage, events)
         steps = list_checkpoints(storage)
         events.begun(steps[-1] if steps else 0, job.total_steps)

@@ -18,6 +18,7 @@ from segpipe.training.comm import Comm
 from segpipe.training.losses import Loss, Sums
 from segpipe.training.network import Network
 from segpipe.training.optimizer import rate, set_rate
+from segpipe.training.passes import passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,7 @@ class Stepper:
         return self._comm.all_reduce(total) / self._comm.world, names
 
     def _micro_batches(self, batch: TrainBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        size = self._config.micro_batch or len(batch.labels)
-        for start in range(0, len(batch.labels), size):
-            stop = start + size
+        for start, stop in passes(len(batch.labels), self._config.micro_batch):
             x = self._moved(batch.images[start:stop]).contiguous(memory_format=torch.channels_last)
             yield x, self._moved(batch.labels[start:stop]), self._moved(batch.real[start:stop])
 

@@ -91,6 +91,14 @@ def test_areas_of_any_crs_are_burnt_by_the_pixel_centre(tmp_path: Path, crs: str
     assert np.array_equal(decode_mask(row["label"]), expected)
 
 
+def test_areas_without_a_class_for_the_ground_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_scene(tmp_path, "a", np.zeros((3, 40, 40), np.uint8), None)
+    write_areas(tmp_path / "labels/a.geojson", [box(0, -9, 9, 0)], "EPSG:32633")
+    with pytest.raises(InputError, match="areas are class 1, ground is class 0, and classes names 1"):
+        prepared("archive", tmp_path / "scenes", tmp_path / "out", labels=AREAS, classes=CLASSES[:1])
+    assert not (tmp_path / "out").exists()
+
+
 def test_properties_become_classes_and_unknown_ones_are_named(tmp_path: Path) -> None:
     write_scene(tmp_path, "a", np.zeros((3, 40, 40), np.uint8), None)
     write_areas(tmp_path / "labels/a.geojson", [box(0, -9, 9, 0)], "EPSG:32633", kind="shed")
@@ -136,8 +144,15 @@ def test_cells_of_a_box_are_those_of_its_parts() -> None:
     east = set(ground_cells((14.02, 45.0, 14.05, 45.03), 500))
     assert west | east == whole
     assert 7 * 7 <= len(whole) <= 9 * 9  # 3.94 km x 3.34 km
-    across = set(ground_cells((179.99, 0, 180.01, 0.001), 500))
-    assert across >= set(ground_cells((-180, 0, -179.999, 0.001), 500))
+
+
+@pytest.mark.parametrize("south", [0.0, -17.0, 52.3, 66.0])
+def test_cells_of_a_box_over_the_antimeridian_are_those_of_its_parts(south: float) -> None:
+    across = set(ground_cells((179.99, south, 180.01, south + 0.001), 500))
+    west = set(ground_cells((179.99, south, 180, south + 0.001), 500))
+    east = set(ground_cells((-180, south, -179.99, south + 0.001), 500))
+    assert west | east == across
+    assert not west & east
 
 
 def test_excluded_areas_leave_out_the_chips_they_touch(tmp_path: Path) -> None:

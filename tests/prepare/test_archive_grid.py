@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import Array, Heard, config_of, pixels_of, prepared, rows_of
-from scenes import CLASSES, RASTERS, SMALL, write_scene
+from scenes import CLASSES, RASTERS, SMALL, blank, write_scene
 
 from segpipe.datasets.archive_grid import ReducedGrid, reduce_label, reduce_pixels
 from segpipe.geometry.georef import apply, coarser
@@ -180,6 +180,15 @@ def test_scenes_that_cannot_have_the_asked_size_are_said(tmp_path: Path) -> None
     assert tree["samples"] == 2
     assert "1 sample without ground pixel size: not reduced to 2.0 m" in heard.warnings
     assert any("much coarser than archive.pixel_m" in line for line in heard.warnings)
+
+
+def test_scenes_too_fine_to_be_reduced_as_far_as_asked_are_said_with_their_true_size(tmp_path: Path) -> None:
+    blank(tmp_path, "a", 64)
+    options = {"labels": RASTERS, "classes": CLASSES, "archive": {"pixel_m": 100.0, "chip_px": 32}}
+    heard = Heard()
+    tree = run_prepare(config_of("archive", tmp_path / "scenes", tmp_path / "out", **options), heard).dataset
+    assert tree["pixel_m"] == pytest.approx(16.0, rel=1e-3)
+    assert any("much finer than archive.pixel_m, 100.0 m" in line for line in heard.warnings)
 
 
 def test_without_any_georeference_there_is_no_pixel_size(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from layouts import Heard, config_of, files_of, pixels_of, prepared, rows_of, save, tar_names, write_camvid
 
 from segpipe.cli.main import main
+from segpipe.config.card import ClassInfo
 from segpipe.config.model import InputConfig
 from segpipe.errors import ConfigError, InputError
 from segpipe.masks.codec import decode_mask
@@ -192,6 +194,41 @@ def test_faulty_samples_are_all_named_and_a_repair_goes_on(tmp_path: Path) -> No
     for number in (2, 3):
         save(tmp_path / f"in/trainannot/im{number}.png", np.zeros((12, 16), np.uint8))
     assert prepared("camvid", tmp_path / "in", tmp_path / "out", shard_samples=1).written == 3
+
+
+def test_samples_left_out_after_a_fault_need_the_shards_removed_as_the_message_says(tmp_path: Path) -> None:
+    write_camvid(tmp_path / "in")
+    save(tmp_path / "in/trainannot/im2.png", np.zeros((5, 5), np.uint8))
+    with pytest.raises(InputError, match=rf"remove the shards in {tmp_path}/out first: they are cut anew"):
+        prepared("camvid", tmp_path / "in", tmp_path / "out", shard_samples=2)
+    listed = (tmp_path / "in/train.txt").read_text().splitlines()
+    (tmp_path / "in/train.txt").write_text("\n".join(line for line in listed if "im2" not in line))
+    with pytest.raises(InputError, match="the output holds"):
+        prepared("camvid", tmp_path / "in", tmp_path / "out", shard_samples=2)
+    shutil.rmtree(tmp_path / "out/shards")
+    assert prepared("camvid", tmp_path / "in", tmp_path / "out", shard_samples=2).dataset["samples"] == 6
+
+
+def test_a_shard_that_was_deleted_is_made_again(tmp_path: Path) -> None:
+    write_camvid(tmp_path / "in")
+    first = prepared("camvid", tmp_path / "in", tmp_path / "out", shard_samples=2)
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out/shards/part-00001.parquet").unlink()
+    heard = Heard()
+    again = run_prepare(config_of("camvid", tmp_path / "in", tmp_path / "out", shard_samples=2), heard)
+    assert (again.dataset, again.written) == (first.dataset, 1)
+    assert heard.lines == ["the data set is there, but 1 shard of it gone: made again"]
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_image_shards_become_a_data_set_as_the_files_they_hold_do(tmp_path: Path, form: str) -> None:
+    write_camvid(tmp_path / "in")
+    first = prepared("camvid", tmp_path / "in", tmp_path / "shards", format=form).dataset
+    classes = tuple(ClassInfo.model_validate(item) for item in first["classes"])
+    tree = prepared("folder", tmp_path / "shards/shards", tmp_path / "out", classes=classes).dataset
+    assert tree["samples"] == first["samples"]
+    assert tree["class_px"] == first["class_px"]
 
 
 @pytest.mark.parametrize("shard_samples", [1, 100])

@@ -24,6 +24,8 @@ from segpipe.training.history import read_order, read_scores, read_steps
 from segpipe.training.run import prepare_job
 from segpipe.training.validate import count_images
 
+DEEPLAB = {"model__family": "deeplabv3_resnet50", "model__options": {}}
+
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -340,6 +342,8 @@ def test_a_training_that_is_not_at_its_end_is_not_finished(uri: str, tmp_path: P
             r"train\.warmup_steps: .*rises for 18 steps, .*has 18: .*to 17 at most",
         ),
         ({"train__warmup_steps": 50, "train__schedule": "one_cycle"}, "rises for 50 steps"),
+        (DEEPLAB | {"train__micro_batch": 1}, r"train\.micro_batch: a pass of one 32 px crop .* deeplabv3"),
+        (DEEPLAB | {"train__global_batch": 1}, r"train\.global_batch: a pass of one .*batch_norm to frozen"),
         ({"init__weights": "/nowhere/weights.pth"}, "no such"),
         ({"init__weights": __file__}, "not a safetensors file"),
     ],

@@ -255,8 +255,7 @@ def test_the_report_tells_a_person_what_was_done(folder: Folder) -> None:
         f"start: torchvision MobileNetV2 backbone, {folder.root}/weights",
         f"  sha256 {hashlib.sha256(data).hexdigest()}",
         f"  {report.loaded} tensors from the file",
-        "  first layer: 3 bands to 4: each from the mean of the file's bands, so that a grey image gives the "
-        "same response",
+        "  first layer: 3 bands to 4: red, green, blue by name; nir from the mean of the file's bands",
         "  left out of the file: features.17, features.18, classifier",
         f"  random start: {len(report.fresh)} parameters of ups, head",
     ]

@@ -1,0 +1,45 @@
+"""How a worker's share of a step becomes forward passes, and whether batch norm can learn from them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from segpipe.config.card import ModelCard
+from segpipe.config.train import TrainConfig
+from segpipe.errors import ConfigError
+from segpipe.models.file import empty_model
+
+
+def passes(lanes: int, micro_batch: int | None) -> list[tuple[int, int]]:
+    """Start and stop of each pass: at most ``micro_batch`` lanes, no two of which differ by more than one."""
+    count = -(-lanes // (micro_batch or lanes))
+    bounds = [lanes * number // count for number in range(count + 1)]
+    return list(pairwise(bounds))
+
+
+def check_passes(config: TrainConfig, card: ModelCard, workers: int) -> None:
+    """Raise `ConfigError` where a pass would hold one sample, of which the network's batch norm cannot learn.
+
+    So it is where a layer sees the whole crop as one pixel: DeepLabV3's image pooling, for one.
+    """
+    steps, crop_px = config.train, config.data.augment.crop_px
+    smallest = min(
+        stop - start for start, stop in passes(-(-steps.global_batch // workers), steps.micro_batch)
+    )
+    together = workers if steps.batch_norm == "sync" else 1
+    if steps.batch_norm == "frozen" or smallest * together > 1:
+        return
+    network = empty_model(card, "model").train()
+    try:
+        network(torch.empty(1, len(card.bands), crop_px, crop_px, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        where = "train.micro_batch" if steps.micro_batch else "train.global_batch"
+        raise ConfigError(
+            f"a pass of one {crop_px} px crop is too small for the batch norm of {card.family}",
+            where,
+            "Give each worker two samples a pass at least, or set train.batch_norm to frozen.",
+        ) from None
