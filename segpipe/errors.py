@@ -11,7 +11,6 @@ SegpipeError        1  a bug, or an error nobody classified
   IncompleteError   3  a run ended with units missing
   CheckError        4  a gate or a check failed
   SceneError        -  one scene's fault: becomes a failed row with a ``kind``
-  Interrupted     130  Ctrl-C (143 after SIGTERM)
 """
 
 from __future__ import annotations
@@ -110,12 +109,6 @@ class SceneError(SegpipeError):
         super().__init__(what, where, fix)
         self.kind = kind
         self.args = (kind, what, where, fix)  # what pickle hands to __init__
-
-
-class Interrupted(SegpipeError):
-    """The user or the scheduler asked to stop."""
-
-    exit_code = 130
 
 
 def first_line(error: BaseException, most_chars: int = 300) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from segpipe import __version__
-from segpipe.errors import Interrupted, SegpipeError
+from segpipe.errors import SegpipeError
 
 app = typer.Typer(
     name="segpipe",
@@ -275,8 +275,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
-class _Terminated(Interrupted):
-    exit_code = 143
+class _Terminated(BaseException):
+    """SIGTERM; like Ctrl-C no error that a step of the work may take for its own."""
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:

@@ -40,7 +40,7 @@ def report_command(run: str, *, executor: str, as_json: bool) -> int:
 
     from segpipe.config.model import ClusterConfig, SegpipeConfig
     from segpipe.masks.run import require_run
-    from segpipe.pipelines.predict import missing_units, start_executor
+    from segpipe.pipelines.predict import start_executor
     from segpipe.pipelines.report import make_reports
     from segpipe.reports.terminal import print_scores
     from segpipe.storage import open_storage
@@ -50,10 +50,8 @@ def report_command(run: str, *, executor: str, as_json: bool) -> int:
     cluster = ClusterConfig.model_validate({"executor": executor})
     workers = start_executor(SegpipeConfig(cluster=cluster))
     try:
-        parts, total = missing_units(storage)
-        missing = sum(map(len, parts))
         with ProgressEvents() as events:
-            summary = make_reports(storage, info, workers, events, complete=total > 0 and not missing)
+            summary, missing, total = make_reports(storage, info, workers, events)
     finally:
         workers.close()
     if as_json:

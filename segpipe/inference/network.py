@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,9 @@ from segpipe.inference.device import DTYPES
 from segpipe.inference.rewrite import quicken
 
 _log = logging.getLogger(__name__)
+
+_TRACING = threading.Lock()
+"""Tracing changes `nn.Module` for the whole process: one engine at a time."""
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -44,7 +48,9 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     # By default fx swaps the functions of `math` while it traces, for all threads: numba then misses them.
     tracer = Tracer(autowrap_modules=())  # type: ignore[arg-type]
     try:
-        return fuse(GraphModule(exact, tracer.trace(exact)), inplace=True, no_trace=True).float()
+        with _TRACING:
+            graph = tracer.trace(exact)
+        return fuse(GraphModule(exact, graph), inplace=True, no_trace=True).float()
     except Exception as error:  # fx raises many types: what a model's code does while traced is open
         _log.warning("batch norms are not folded: %s cannot be traced (%s)", type(module).__name__, error)
         return copy.deepcopy(module)

@@ -58,7 +58,11 @@ class RayExecutor:
     def __init__(self, address: str | None, warn: Callable[[str], None] = lambda _: None) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
         _start_ray(self._address)
-        self.hardware = _cluster_hardware(self._address, warn) if self._address else this_machine()
+        try:
+            self.hardware = _cluster_hardware(self._address, warn) if self._address else this_machine()
+        except BaseException:
+            self.close()
+            raise
 
     def inspect(
         self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -330,13 +330,17 @@ class _Exporter:
             object_bytes = path.stat().st_size
             try:
                 # First: a GeoTIFF that is there has its names beside it.
-                self._output.put_if_absent(f"{scene_id}.tif.aux.xml", self._names)
-                made = self._output.put_file_if_absent(f"{scene_id}.tif", path)
+                named = self._put_names(f"{scene_id}.tif.aux.xml")
+                made = named and self._output.put_file_if_absent(f"{scene_id}.tif", path)
             finally:
                 path.unlink(missing_ok=True)
-        if not made:
-            return SceneExport(scene_id, "already_there")
+        if not made:  # another export was quicker, of this run or of another
+            return SceneExport(scene_id, self._there(f"{scene_id}.tif", export_key) or "conflict")
         return SceneExport(scene_id, "exported", "", num_px, object_bytes)
+
+    def _put_names(self, key: str) -> bool:
+        """Whether the class names are there now; not where those of other classes were left behind."""
+        return self._output.put_if_absent(key, self._names) or self._output.read(key) == self._names
 
     def _tags(self, scene: PlanScene, export_key: str) -> dict[str, str]:
         source, header = scene.source, scene.header
@@ -357,7 +361,9 @@ class _Exporter:
     def _scratch(self, need_bytes: int) -> Iterator[str]:
         """Reserve scratch space for one scene and name its file; StorageFull where there is too little."""
         with self._lock:
-            free_bytes = shutil.disk_usage(self._folder).free - self._reserved_bytes
+            # What running scenes have written is gone from the free space, and reserved as well.
+            written_bytes = sum(map(_disk_bytes, Path(self._folder).iterdir()))
+            free_bytes = shutil.disk_usage(self._folder).free + written_bytes - self._reserved_bytes
             if free_bytes < need_bytes:
                 what = f"{need_bytes} bytes of scratch space are needed, {max(free_bytes, 0)} are free"
                 raise full(self._folder, what)
@@ -369,6 +375,12 @@ class _Exporter:
         finally:
             with self._lock:
                 self._reserved_bytes -= need_bytes
+
+
+def _disk_bytes(path: Path) -> int:
+    with suppress(FileNotFoundError):  # its scene has just ended
+        return path.stat().st_blocks * 512
+    return 0
 
 
 def _without_query(uri: str) -> str:

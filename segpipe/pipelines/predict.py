@@ -326,17 +326,22 @@ def _complete(
     tasks = [task for units in missing for task in units.split(size)]
     deferred = _consume(executor.run(setup, pool, tasks), outcome, events)
     return_freed_pages()  # listings and reports take what the results took
-    missing, _ = missing_units(storage)
-    lost = [unit for units in missing for unit in units if unit not in deferred]
+    lost = [unit for unit in _still_missing(storage, missing) if unit not in deferred]
     if lost:
         events.warning(f"{counted(len(lost), 'unit')} ended with a worker and will run again alone")
         _consume(executor.isolate(setup, pool, lost), outcome, events)
-        missing, _ = missing_units(storage)
-    outcome.missing = sum(map(len, missing))
-    outcome.summary = make_reports(storage, info, executor, events, complete=outcome.missing == 0)
+    outcome.summary, outcome.missing, outcome.units = make_reports(storage, info, executor, events)
     outcome.scenes = outcome.summary["scenes"]["all"]
     outcome.failed_scenes = outcome.summary["scenes"]["failed"] + outcome.summary["scenes"]["partial"]
     return outcome
+
+
+def _still_missing(storage: Storage, before: Sequence[PartUnits]) -> Iterator[Unit]:
+    """Those that were missing before; what another command has planned meanwhile is its own to compute."""
+    own = {units.part: units.units for units in before}
+    for units in missing_units(storage)[0]:
+        if units.part in own:
+            yield from PartUnits(units.part, np.intersect1d(units.units, own[units.part]))
 
 
 def _consume(results: Iterator[Any], outcome: Outcome, events: Events) -> set[Unit]:

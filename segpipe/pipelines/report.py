@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -47,15 +47,29 @@ class UnitRange:
     """(unit, object size in bytes)."""
 
 
-def make_reports(
-    storage: Storage, info: RunInfo, executor: Executor, events: Events, *, complete: bool
-) -> dict[str, Any]:
-    """Write index and reports of what is there, _SUCCESS when ``complete``, and return the summary.
+class Made(NamedTuple):
+    """What reports were made of."""
 
+    summary: dict[str, Any]
+    missing: int
+    """Units without an object."""
+    units: int
+    """Units that are planned."""
+
+
+def make_reports(storage: Storage, info: RunInfo, executor: Executor, events: Events) -> Made:
+    """Write index and reports of what is there, and _SUCCESS where that is all that is planned.
+
+    Made anew where another driver has planned or ended
+    more meanwhile, so that what stays is never older than what it found.
     Raises CheckError, naming the object, where one is damaged; StorageFull where scratch space ends.
     """
     try:
-        return _make_reports(storage, info, executor, events, complete)
+        while True:
+            parts = list_parts(storage)
+            made = _make_reports(storage, info, parts, executor, events)
+            if list_parts(storage) == parts and not (made.missing and _all_there(storage, parts)):
+                return made
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -64,16 +78,19 @@ def make_reports(
 
 
 def _make_reports(
-    storage: Storage, info: RunInfo, executor: Executor, events: Events, complete: bool
-) -> dict[str, Any]:
-    parts = list_parts(storage)
+    storage: Storage, info: RunInfo, parts: Sequence[int], executor: Executor, events: Events
+) -> Made:
     replacements = Replacements(storage, parts)
-    totals = Totals()
+    totals, num_planned = Totals(), 0
     with tempfile.TemporaryFile() as scenes_file, tempfile.TemporaryFile() as failures_file:
         builder = ReportBuilder(info.card.classes, scenes_file, failures_file)
         try:
             for part in parts:
-                totals += _report_part(storage, part, replacements, builder, executor, events)
+                num_units = part_num_units(storage, part)
+                totals += _report_part(storage, part, num_units, replacements, builder, executor, events)
+                num_planned += num_units
+            missing = num_planned - totals.units
+            complete = num_planned > 0 and not missing
             planned = None if complete else _planned(storage, info, parts, replacements)
         except BaseException:
             with suppress(Exception):
@@ -83,12 +100,21 @@ def _make_reports(
         _put_reports(storage, info, reports, _content(scenes_file), _content(failures_file))
     if complete:
         storage.put(SUCCESS_KEY, totals.to_json())
-    return reports.summary
+    return Made(reports.summary, missing, num_planned)
+
+
+def _all_there(storage: Storage, parts: Sequence[int]) -> bool:
+    for part in parts:
+        num_units = part_num_units(storage, part)
+        if (_object_sizes(storage, part, num_units) == _NO_OBJECT).any():
+            return False
+    return True
 
 
 def _report_part(
     storage: Storage,
     part: int,
+    num_units: int,
     replacements: Replacements,
     builder: ReportBuilder,
     executor: Executor,
@@ -96,7 +122,6 @@ def _report_part(
 ) -> Totals:
     """Read one part's objects into its index and the score tables, and return what they amount to."""
     replaced = pa.array(sorted(replacements.of(part)), pa.string())
-    num_units = part_num_units(storage, part)
     totals = Totals(parts=1)
     with tempfile.TemporaryFile() as index:
         # Closed in any case: a writer that outlives its file complains at the end of the process.

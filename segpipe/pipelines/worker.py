@@ -267,7 +267,7 @@ class Worker:
         try:
             data = encode_unit(rows, self._schema)
             self._storage.put_if_absent(unit_key(task.part, task.unit), data)
-        except BaseException as error:
+        except Exception as error:  # not Ctrl-C: this may be the driver's own thread
             self._fail(task, error)
             return
         task.result.failed = sum(row["status"] == FAILED for row in rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Final
 from xml.etree import ElementTree
@@ -29,6 +29,7 @@ GCP_RESIDUAL_PX: Final = 1.0
 _IDENTITY: Final = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _EPSG_CONFIDENCE: Final = 90  # of 100: the same system, if perhaps under another name
 _EDGE_POINTS: Final = 3
+_FARTHEST: Final = 1e12
 
 Located = tuple[str | None, Transform | None]
 
@@ -172,6 +173,11 @@ def _lonlat() -> CRS:
     return CRS.from_string("OGC:CRS84")
 
 
+def on_some_map(coordinates: Iterable[float]) -> bool:
+    """Whether all are finite and below 1e12 in any unit: PROJ never comes back from some that are not."""
+    return all(abs(value) <= _FARTHEST for value in coordinates)
+
+
 @lru_cache(maxsize=256)
 def _is_lonlat(text: str) -> bool:
     return text in ("EPSG:4326", "OGC:CRS84")
@@ -189,9 +195,11 @@ def _linear_unit_m(text: str) -> float | None:
 
 
 def _to_lonlat(text: str, points: list[Point]) -> list[Point] | None:
-    """The points in lon, lat degrees; None where the system cannot be transformed."""
+    """The points in lon, lat degrees; None where the system cannot be transformed or they lie too far off."""
     if _is_lonlat(text):
         return points
+    if not on_some_map(value for point in points for value in point):
+        return None
     crs = _crs_of(text)
     if crs is None:
         return None

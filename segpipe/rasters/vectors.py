@@ -31,6 +31,7 @@ from segpipe.geometry import georef
 from segpipe.geometry.georef import Bbox, Transform
 from segpipe.geometry.grid import Window
 from segpipe.rasters.driver import GDAL_ERRORS, gdal_environment
+from segpipe.rasters.georeference import on_some_map
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import has_suffix
 from segpipe.storage import open_object
@@ -93,9 +94,11 @@ def read_areas(uri: str, version: Version, crs: str) -> tuple[Area, ...]:
     geometries = [item["geometry"] for item in kept]
     if source != target and geometries:
         try:
+            if not on_some_map(value for geometry in geometries for value in _bbox(geometry)):
+                raise ValueError("a coordinate is above 1e12")
             with gdal_environment():
                 geometries = transform_geom(source, target, geometries)
-        except (*GDAL_ERRORS, ValueError, TypeError) as error:
+        except (*GDAL_ERRORS, ValueError, TypeError, IndexError) as error:
             raise _unreadable(f"its areas cannot be projected ({error})", uri) from None
     try:
         return tuple(

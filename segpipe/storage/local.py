@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -288,9 +289,8 @@ def _refuse_folder(target: str) -> None:
 def _make_folders(folder: str) -> None:
     """Make ``folder`` and what is missing above it, each name synced into its parent."""
     missing = []
-    while not os.path.isdir(folder):
-        # Looked at again: another writer may have made it since.
-        if os.path.lexists(folder) and not os.path.isdir(folder):
+    while (is_folder := _is_folder(folder)) is not True:
+        if is_folder is False:
             raise StorageRefused("a file is where a folder is needed", folder, "Choose another place.")
         missing.append(folder)
         folder = os.path.dirname(folder)
@@ -298,6 +298,14 @@ def _make_folders(folder: str) -> None:
         with suppress(FileExistsError):
             os.mkdir(path)
         _sync_folder(os.path.dirname(path))
+
+
+def _is_folder(path: str) -> bool | None:
+    """None = there is nothing. Asked once: other writers make and remove folders meanwhile."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return False if os.path.islink(path) else None  # a link to nothing
 
 
 def _sync_folder(folder: str) -> None:

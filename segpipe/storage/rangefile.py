@@ -86,8 +86,9 @@ class RangeFile(io.RawIOBase):
                 self._keep(run, data)
 
     def close(self) -> None:
-        self._blocks.clear()
-        super().close()
+        with self._lock:  # a thread of a library that still reads ends first: it may not outlive Python
+            self._blocks.clear()
+            super().close()
 
     def _read_at(self, start: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``start``; both lie inside the object."""

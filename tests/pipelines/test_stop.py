@@ -77,3 +77,34 @@ def test_a_signal_while_it_starts_leaves_no_traceback(archive: Path, tmp_path: P
         process.kill()
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_heard_where_the_driver_itself_writes_a_unit(
+    archive: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "in").mkdir()
+    for index in range(30):
+        (tmp_path / f"in/{index:02d}.tif").write_bytes(b"II*\0no header")
+    hooked = f"""
+import os
+from segpipe.storage.local import LocalStorage as S
+real = S.put_if_absent
+def put(self, key, data):
+    if key.startswith("masks/"):
+        os.kill(os.getpid(), {int(number)})
+    return real(self, key, data)
+S.put_if_absent = put
+"""
+    words = (
+        "predict",
+        tmp_path / "in",
+        "--model",
+        archive / "model.safetensors",
+        "--output",
+        tmp_path / "run",
+    )
+    process = start(*words, *local(**CUT), code=hooked)
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr

@@ -208,6 +208,7 @@ def test_chips_without_label_are_left_out_and_counted(tmp_path: Path) -> None:
         (None, "no GeoJSON FeatureCollection"),
         ({"type": "Point", "coordinates": [1, 2]}, "holds a Point"),
         ({"type": "Polygon", "coordinates": [[]]}, "cannot be"),
+        ({"type": "Polygon", "coordinates": [[[0, 0], [1e20, 0], [0, 1], [0, 0]]]}, "above 1e12"),
     ],
 )
 def test_broken_geojson_is_named(tmp_path: Path, geometry: dict[str, Any] | None, message: str) -> None:

@@ -220,6 +220,13 @@ def test_a_window_around_a_pole_has_no_footprint() -> None:
     assert area_of(rings_of(beside[0])[0]) > 0
 
 
+@pytest.mark.parametrize("crs", ["EPSG:3857", "EPSG:32633"])
+@pytest.mark.parametrize("far", [1e13, 1e20, 1e300, math.inf, math.nan])
+def test_a_place_beyond_any_map_has_no_footprint(crs: str, far: float) -> None:
+    assert footprint(crs, (0.5, 0.0, far, 0.0, -0.5, 0.0), Window(0, 0, 10, 10)) is None
+    assert footprint(crs, (0.5, 0.0, 0.0, 0.0, -0.5, -far), Window(0, 0, 10, 10)) is None
+
+
 def test_a_place_without_lon_lat_has_no_footprint() -> None:
     assert footprint("EPSG:32633", (1e9, 0.0, 0.0, 0.0, -1e9, 0.0), WINDOW) is None
     assert footprint("no system", TRANSFORM, WINDOW) is None

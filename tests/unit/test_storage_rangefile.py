@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -144,3 +145,26 @@ def test_a_seek_before_the_start_is_refused() -> None:
     file, _ = opened()
     with pytest.raises(ValueError, match="negative"):
         file.seek(-1)
+
+
+def test_closing_waits_for_a_read_of_another_thread() -> None:
+    reading, go_on, order = threading.Event(), threading.Event(), []
+
+    def fetch(ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        reading.set()
+        assert go_on.wait(30)
+        order.append("read")
+        return [bytes(length) for _, length in ranges]
+
+    file = RangeFile(fetch, 100, "name")
+    with ThreadPoolExecutor(2) as pool:
+        read = pool.submit(file.read, 10)
+        assert reading.wait(30)
+        closed = pool.submit(lambda: (file.close(), order.append("closed")))
+        assert wait([closed], timeout=0.2).not_done
+        go_on.set()
+        assert read.result(30) == bytes(10)
+        closed.result(30)
+    assert order == ["read", "closed"]
+    with pytest.raises(ValueError, match="closed"):
+        file.read(1)
