@@ -118,6 +118,7 @@ def _print_dry_run(plan: DryRun, as_json: bool) -> None:
         "schema_version": 1,
         "scenes": totals.scenes,
         "scenes_planned_already": plan.known_scenes,
+        "their_units_to_compute": plan.units_left,
         "failed_headers": totals.failed_kinds,
         "units": totals.units,
         "blocks": totals.blocks,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from segpipe import __version__
+from segpipe.cli import signals
 from segpipe.errors import SegpipeError
 
 app = typer.Typer(
@@ -255,32 +254,24 @@ def main(arguments: list[str] | None = None) -> None:
     if os.environ.get("SEGPIPE_TRACEBACK"):
         app(args=arguments)
         return
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    try:
-        code = app(args=arguments, standalone_mode=False)
-    except _Terminated:
-        code = 143
-    except SegpipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except BrokenPipeError:
-        sys.stdout = None
-        code = 141
-    except Exception as error:
-        code = _unexpected(error)
+    with signals.heard():
+        try:
+            code = app(args=arguments, standalone_mode=False)
+        except SegpipeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+        except (KeyboardInterrupt, signals.Terminated, typer.Abort):
+            code = 130
+        except BrokenPipeError:
+            sys.stdout = None
+            code = 141
+        except Exception as error:  # of a library too that a signal met at a bad moment
+            code = signals.exit_code() or _unexpected(error)
+        if code:
+            code = signals.exit_code() or code
     if code in (130, 143):
         print("stopped; the same command goes on where this one stopped", file=sys.stderr)
     sys.exit(code or 0)
-
-
-class _Terminated(BaseException):
-    """SIGTERM; like Ctrl-C no error that a step of the work may take for its own."""
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    raise _Terminated("asked to stop (SIGTERM)")
 
 
 def _unexpected(error: Exception) -> int:

@@ -47,7 +47,8 @@ def _split_flags(splits: list[str]) -> dict[str, Any]:
             fractions[name] = float(value)
         except ValueError:
             globs.setdefault(name, []).append(value)
-    return {"split.fractions": fractions or None, "split.globs": globs or None}
+    # Together they are the split: what the config says of either kind does not stay beside them.
+    return {"split.fractions": fractions, "split.globs": globs} if splits else {}
 
 
 def _print_plan(config: PrepareConfig, as_json: bool) -> None:

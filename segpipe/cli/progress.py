@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
+from segpipe.cli import signals
 from segpipe.pipelines.events import Events, counted
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ProgressEvents(Events):
         self._print(f"warning: {text}")
 
     def planned(self, scenes: int, total: int) -> None:
+        signals.check()
         if scenes == total and total > 1:
             self._print(f"planned {counted(total, 'scene')}")
         elif self._due():
@@ -60,6 +62,7 @@ class ProgressEvents(Events):
             self._open_bar()
 
     def unit(self, result: UnitResult) -> None:
+        signals.check()
         self._ended += 1
         self._failed_blocks += result.failed
         if not result.skipped:
@@ -71,6 +74,7 @@ class ProgressEvents(Events):
             self._print(f"{self._ended} of {self._missing} units  {self._rates()}")
 
     def reporting(self, done: int, total: int) -> None:
+        signals.check()
         self._close_bar()
         if self._due():
             self._print(f"reports: {done} of {total} units read")

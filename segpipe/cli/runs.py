@@ -38,7 +38,7 @@ def report_command(run: str, *, executor: str, as_json: bool) -> int:
     """Make index and reports again; 0 also on an unfinished run, which the tables then say."""
     from rich.console import Console
 
-    from segpipe.config.model import ClusterConfig, SegpipeConfig
+    from segpipe.config.load import load_config
     from segpipe.masks.run import require_run
     from segpipe.pipelines.predict import start_executor
     from segpipe.pipelines.report import make_reports
@@ -47,8 +47,7 @@ def report_command(run: str, *, executor: str, as_json: bool) -> int:
 
     storage = open_storage(run)
     info = require_run(storage)
-    cluster = ClusterConfig.model_validate({"executor": executor})
-    workers = start_executor(SegpipeConfig(cluster=cluster))
+    workers = start_executor(load_config(None, {"cluster.executor": executor}, (), "flags"))
     try:
         with ProgressEvents() as events:
             summary, missing, total = make_reports(storage, info, workers, events)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Final
 
+from segpipe.cli import signals
 from segpipe.cli.jobs import print_fields, read_text
 from segpipe.cli.progress import format_duration
 from segpipe.config.train import TrainConfig, load_train
@@ -74,6 +75,7 @@ class TrainProgress(TrainEvents):
             self._open_bar(first_step)
 
     def step(self, row: StepRow) -> None:
+        signals.check()
         if self._timed_from is None or row.step < self._timed_from:
             # From the first step that is told of: the start-up before it says nothing of what is left.
             self._timed_from, self._started_s = row.step, time.monotonic()

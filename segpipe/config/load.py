@@ -308,6 +308,7 @@ _REASONS: Final = {
     "greater_than": "more than {gt}",
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",
+    "string_pattern_mismatch": "of the form {pattern}",
 }
 
 

@@ -227,7 +227,7 @@ class TrainConfig(Section):
     data: DataConfig
     model: NetworkConfig = NetworkConfig()
     init: InitConfig = InitConfig()
-    train: StepsConfig
+    train: StepsConfig = Field(default_factory=dict, validate_default=True)
     validation: ValidationConfig = ValidationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -79,7 +79,11 @@ def _class_of(properties: dict[str, Any], config: PrepareConfig, where: str) -> 
     name = config.archive.class_property
     if name is None:
         return 1
-    value = str(properties.get(name))
+    if name not in properties:
+        there = ", ".join(map(repr, properties)) or "none"
+        fix = f"Correct archive.class_property; its properties: {there}."
+        raise SceneError("label_value", f"an area has no property {name!r}", where, fix)
+    value = str(properties[name])
     if value not in config.label_map:
         what = f"the property {name} is {value!r}, which no class maps"
         raise SceneError("label_value", what, where, 'Map it with label_map, such as {"house": 1}.')

@@ -17,6 +17,7 @@ from segpipe.storage import Storage
 
 RUN_KEY: Final = "run.json"
 SUCCESS_KEY: Final = "_SUCCESS"
+FAILURES_KEY: Final = "reports/failures.parquet"
 
 _PLAN_NAME = re.compile(r"^plan/part-(\d{5,})\.parquet$")
 _UNIT_NAME = re.compile(r"^masks/part-(\d{5,})/unit-(\d{7,})\.parquet$")
@@ -114,9 +115,11 @@ class RunInfo:
         except InputError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"run.json cannot be read ({_one_line(error)})", where, "Is this the folder of a run?"
-            ) from error
+            if isinstance(error, ValueError) or "model_sha256" in tree:
+                what = f"run.json cannot be read ({_one_line(error)})"
+            else:
+                what = "this folder holds no predictions or scores, but what another command made"
+            raise InputError(what, where, "Give the folder of a run, or an --output of its own.") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -143,9 +146,17 @@ def require_run(storage: Storage) -> RunInfo:
 def adopt_or_create(storage: Storage, info: RunInfo) -> RunInfo:
     """Put run.json create-only, or adopt the one that is there when it has the same recipe key."""
     existing = read_run(storage)
+    if existing is None:
+        refuse_data_set(storage)
     if existing is None and not storage.put_if_absent(RUN_KEY, info.to_json()):
         existing = require_run(storage)
     return adopt(existing, info, storage.root)
+
+
+def refuse_data_set(storage: Storage) -> None:
+    """Raise InputError where the output is the folder of a prepared data set."""
+    if storage.stat("dataset.json") is not None:
+        raise InputError("the output holds a prepared data set", storage.root, "Choose another --output.")
 
 
 def adopt(existing: RunInfo | None, info: RunInfo, where: str) -> RunInfo:

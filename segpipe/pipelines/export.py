@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import segpipe
-from segpipe.errors import CheckError, IncompleteError, InputError, ObjectMissing
+from segpipe.errors import CheckError, IncompleteError, InputError, ObjectMissing, StorageRefused
 from segpipe.masks.ledger import Named, Replacements, count_part, open_part, part_scenes
 from segpipe.masks.plan import PlanPart, PlanScene
 from segpipe.masks.read import iter_plan
@@ -332,6 +332,9 @@ class _Exporter:
                 # First: a GeoTIFF that is there has its names beside it.
                 named = self._put_names(f"{scene_id}.tif.aux.xml")
                 made = named and self._output.put_file_if_absent(f"{scene_id}.tif", path)
+            except ObjectMissing as error:  # not one of the run's
+                fix = "Choose another --output."
+                raise StorageRefused("nothing can be written there", self._output.root, fix) from error
             finally:
                 path.unlink(missing_ok=True)
         if not made:  # another export was quicker, of this run or of another

@@ -10,9 +10,10 @@ from segpipe.config.model import SegpipeConfig
 from segpipe.errors import SceneError
 from segpipe.geometry.resolution import choose_downsample, is_coarser
 from segpipe.geometry.units import UnitPacker
+from segpipe.masks.damage import open_parquet
 from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_part
 from segpipe.masks.read import SceneUnits, iter_plan
-from segpipe.masks.run import Facts, list_parts, plan_key
+from segpipe.masks.run import FAILURES_KEY, Facts, list_parts, plan_key
 from segpipe.pipelines.events import Events
 from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import SceneSource
@@ -153,9 +154,25 @@ def _plan_pages(
 
 
 def known_scenes(storage: Storage, parts: Sequence[int]) -> Iterator[tuple[str, str, int]]:
-    """Iterate over (scene_id, version, part) of all planned scenes, in plan order."""
+    """Iterate over (scene_id, version, part) of all planned scenes, in plan order.
+
+    One that was gone when it was to be read has no version here: listed again, it is back, and planned anew.
+    """
+    gone = _gone_scenes(storage)
     for part in parts:
         for batch in iter_plan(storage, part, ("scene_id", "version")):
             columns = batch.to_pydict()
             for scene_id, version in zip(columns["scene_id"], columns["version"], strict=True):
-                yield scene_id, version, part
+                yield scene_id, "" if (scene_id, part) in gone else version, part
+
+
+def _gone_scenes(storage: Storage) -> set[tuple[str, int]]:
+    """(scene_id, part) by the reports of the run so far; none where there are no reports yet."""
+    if storage.stat(FAILURES_KEY) is None:
+        return set()
+    found = set()
+    for batch in open_parquet(storage, FAILURES_KEY).iter_batches(columns=["scene_id", "part", "error_kind"]):
+        columns = batch.to_pydict()
+        rows = zip(columns["scene_id"], columns["part"], columns["error_kind"], strict=True)
+        found |= {(scene_id, part) for scene_id, part, kind in rows if kind == "not_found"}
+    return found

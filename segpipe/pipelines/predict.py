@@ -110,6 +110,8 @@ class DryRun:
 
     totals: PlanTotals
     known_scenes: int
+    units_left: int
+    """Of the scenes that are planned already: what is still to be computed."""
     facts: Facts
     pool: Pool
     hardware: Hardware
@@ -238,7 +240,8 @@ def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
                 done += len(page)
                 events.planned(done, total)
             _announce(totals, scenes, events)
-            return DryRun(totals, scenes.num_known, info.facts, pool, hardware)
+            left = sum(map(len, missing_units(storage)[0]))
+            return DryRun(totals, scenes.num_known, left, info.facts, pool, hardware)
     finally:
         executor.close()
 

@@ -17,6 +17,7 @@ from segpipe.datasets.shards import ShardMeta
 from segpipe.datasets.write import ShardTask, make_shard
 from segpipe.errors import ConfigError, InputError, SceneError
 from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser
+from segpipe.masks.run import RUN_KEY
 from segpipe.pipelines.events import Events, counted
 from segpipe.pipelines.local import Executor
 from segpipe.pipelines.predict import nothing_written, start_executor
@@ -143,7 +144,8 @@ def _plan(config: PrepareConfig, layout: Layout, executor: Executor) -> tuple[li
     kept = [ref for ref in listed if ref.split != LEFT_OUT]
     shards = plan_shards(kept, config)
     if not shards:
-        raise InputError("no sample is left", ", ".join(config.sources), "Look at the exclusions.")
+        fix = "Look at the exclusions, and at split.grid_m: its cells must be much larger than a chip."
+        raise InputError(f"no sample is left of {len(listed)}", ", ".join(config.sources), fix)
     return shards, len(listed) - len(kept)
 
 
@@ -181,6 +183,8 @@ def _look_at_output(storage: Storage, shards: Sequence[ShardPlan]) -> dict[str, 
             storage.root,
             "Choose another --output, or remove the old data set.",
         )
+    if storage.stat(RUN_KEY) is not None:
+        raise InputError("the output holds a run", storage.root, "Choose another --output.")
     planned = {shard.key for shard in shards}
     for page in storage.list("shards/"):
         if strange := [info.key for info in page if info.key not in planned]:

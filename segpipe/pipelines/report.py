@@ -21,7 +21,7 @@ from segpipe.errors import StorageFull
 from segpipe.masks.ledger import Replacements, Totals
 from segpipe.masks.plan import load_part, part_num_units
 from segpipe.masks.read import iter_plan, read_counts
-from segpipe.masks.run import SUCCESS_KEY, RunInfo, index_key, list_parts, list_units, unit_key
+from segpipe.masks.run import FAILURES_KEY, SUCCESS_KEY, RunInfo, index_key, list_parts, list_units, unit_key
 from segpipe.masks.schema import INDEX_FIELDS
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.local import Executor
@@ -255,7 +255,7 @@ def _content(file: Any) -> bytes:
 
 def _put_reports(storage: Storage, info: RunInfo, reports: Reports, scenes: bytes, failures: bytes) -> None:
     storage.put("reports/scenes.parquet", scenes)
-    storage.put("reports/failures.parquet", failures)
+    storage.put(FAILURES_KEY, failures)
     storage.put("reports/classes.parquet", parquet_bytes(reports.classes))
     storage.put("reports/confusion.parquet", parquet_bytes(reports.confusion))
     storage.put("reports/report.html", render_html(reports, info.card.classes).encode())

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar, cast
+from typing import Any, BinaryIO, Final, NoReturn, TypeVar, cast
 
 import aiohttp
 import fsspec
@@ -32,6 +32,8 @@ _READ_ONLY: Final = ("http", "https")
 _VERSION_FIELDS: Final = ("etag", "ETag", "generation", "md5Hash", "mtime", "last_modified", "LastModified")
 _PASSING: Final = (408, 425, 429)  # with 5xx: what may be asked again (RFC 9110, 8470, 6585)
 _CREDENTIALS: Final = "Check the credentials for this store."
+_NOT_ABSENCE: Final = (aiohttp.ClientError, ConnectionError, TimeoutError)
+_ABSENT: Final = (404, 410)
 _memory_lock = threading.Lock()
 
 
@@ -214,7 +216,10 @@ def _explained(work: Callable[[], T], where: str) -> T:
         return work()
     except (SegpipeError, Transient):
         raise
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError) as error:
+        cause = error.__cause__  # fsspec's HTTP says "not found" whatever has happened
+        if isinstance(cause, _NOT_ABSENCE) and getattr(cause, "status", None) not in _ABSENT:
+            return _explained(lambda: _raise(cause), where)
         raise ObjectMissing("no such object", where) from None
     except PermissionError:
         raise StorageRefused("access denied", where, _CREDENTIALS) from None
@@ -222,6 +227,10 @@ def _explained(work: Callable[[], T], where: str) -> T:
         raise Transient(type(error).__name__) from None
     except Exception as error:
         raise _of_http(error, where) from None
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _of_http(error: Exception, where: str) -> Exception:

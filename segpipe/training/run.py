@@ -30,7 +30,14 @@ from segpipe.training.model_card import without_credentials
 from segpipe.training.network import check_hardware
 from segpipe.training.passes import check_passes
 from segpipe.training.resources import TrainPool, plan_training
-from segpipe.training.run_file import TrainFacts, TrainRun, adopt_or_create, make_recipe
+from segpipe.training.run_file import (
+    TrainFacts,
+    TrainRun,
+    adopt,
+    adopt_or_create,
+    make_recipe,
+    read_train_run,
+)
 from segpipe.training.tracking import check_tracking
 from segpipe.training.worker import WorkerTask, run_worker, total_steps
 
@@ -149,8 +156,11 @@ def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
         check_passes(config, job.card, pool.most)
     finally:
         executor.close()
+    storage = open_storage(job.output)
     with nothing_written():
-        steps = list_checkpoints(open_storage(job.output))
+        if (there := read_train_run(storage)) is not None:
+            adopt(there, make_recipe(config, job.dataset, job.init_sha256), storage.root)
+        steps = list_checkpoints(storage)
     return TrainPlan(job, pool, steps[-1] if steps else 0)
 
 

@@ -11,6 +11,7 @@ from segpipe.config.recipe import differences, recipe_key
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.prepared import PreparedDataset
 from segpipe.errors import InputError
+from segpipe.masks.run import refuse_data_set
 from segpipe.storage import Storage
 
 RUN_KEY: Final = "run.json"
@@ -117,14 +118,20 @@ def adopt_or_create(storage: Storage, run: TrainRun) -> TrainRun:
     """Put run.json create-only, or adopt the one that is there. `InputError` for another recipe."""
     there = read_train_run(storage)
     if there is None:
+        refuse_data_set(storage)
         storage.put_if_absent(RUN_KEY, run.to_json())
         there = read_train_run(storage)  # also our own: what is read back is what every start sees
     assert there is not None
-    if there.key != run.key:
-        changes = "; ".join(differences(run.recipe, there.recipe)[:5])
+    return adopt(there, run.recipe, storage.root)
+
+
+def adopt(there: TrainRun, recipe: dict[str, Any], where: str) -> TrainRun:
+    """The training that is there. `InputError` where it has another recipe."""
+    if there.key != recipe_key(recipe):
+        changes = "; ".join(differences(recipe, there.recipe)[:5])
         raise InputError(
             f"the output holds a training by another recipe ({changes})",
-            storage.root,
+            where,
             "Choose another --output, or ask for what that training was asked for.",
         )
     return there

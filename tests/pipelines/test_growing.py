@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from archive import (
+    local,
     make_model,
     objects,
     ok,
@@ -16,6 +17,7 @@ from archive import (
     predict,
     rows,
     run,
+    start,
     tell_changed,
     whole_masks,
     write_label,
@@ -121,3 +123,39 @@ def test_a_changed_label_makes_a_new_version_of_its_scene_alone(tmp_path: Path, 
     for row in confusion:
         by_label[row["label"]] = by_label.get(row["label"], 0) + row["pixels"]
     assert (by_label["ground"], by_label["roof"], by_label["water"]) == (2000, 2000, 0)
+
+
+def test_scenes_that_were_gone_for_a_while_are_computed_once_they_are_back(
+    tmp_path: Path, model: Path
+) -> None:
+    scenes, away, out = tmp_path / "in", tmp_path / "away", tmp_path / "run"
+    pixels = {name: write_scene(scenes / f"{name}.tif", 70, 90, seed=ord(name)) for name in "abc"}
+    ok(predict(scenes / "a.tif", model, out, **CUT))
+    unmounted = f"""
+import os
+import segpipe.pipelines.predict as p
+real = p._complete
+def complete(*arguments):
+    os.rename({str(scenes)!r}, {str(away)!r})
+    return real(*arguments)
+p._complete = complete
+"""
+    words = ("predict", scenes, "--model", model, "--output", out, *local(**CUT))
+    assert start(*words, code=unmounted).wait() == 5
+    away.rename(scenes)
+    dry = ok(predict(scenes, model, out, "--dry-run", "--json", **CUT)).tree
+    assert (dry["scenes"], dry["scenes_planned_already"], dry["their_units_to_compute"]) == (2, 1, 0)
+    ok(predict(scenes, model, out, **CUT))
+    for name, mask in whole_masks(out).items():
+        assert np.array_equal(mask, pixels[name].argmax(axis=0)), name
+    assert pq.read_table(out / "reports/failures.parquet").num_rows == 0
+    assert run("verify", out).code == 0
+    assert ok(predict(scenes, model, out, "--json", **CUT)).tree["computed"] == 0
+
+
+def test_a_dry_run_tells_units_that_an_earlier_plan_still_lacks(tmp_path: Path, model: Path) -> None:
+    write_scene(tmp_path / "in/a.tif", 70, 90)
+    ok(predict(tmp_path / "in", model, tmp_path / "run", **CUT))
+    next((tmp_path / "run").glob("masks/*/*")).unlink()
+    dry = ok(predict(tmp_path / "in", model, tmp_path / "run", "--dry-run", "--json", **CUT)).tree
+    assert (dry["units"], dry["their_units_to_compute"]) == (0, 1)

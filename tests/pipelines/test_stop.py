@@ -108,3 +108,37 @@ S.put_if_absent = put
     _, stderr = process.communicate(timeout=180)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("becomes", ["nothing", "another error"])
+def test_a_signal_that_a_library_swallows_is_raised_again(
+    archive: Path, tmp_path: Path, number: signal.Signals, code: int, becomes: str
+) -> None:
+    hooked = f"""
+import os
+import segpipe.pipelines.predict as p
+real = p._complete
+def complete(*arguments):
+    try:
+        os.kill(os.getpid(), {int(number)})
+    except BaseException as error:
+        if {becomes == "another error"}:
+            raise RuntimeError("Error calling __set_name__") from error
+    return real(*arguments)
+p._complete = complete
+"""
+    words = (
+        "predict",
+        archive / "in",
+        "--model",
+        archive / "model.safetensors",
+        "--output",
+        tmp_path / "run",
+    )
+    process = start(*words, *local(**CUT), code=hooked)
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert "a bug" not in stderr
+    assert not (tmp_path / "run/_SUCCESS").exists()

@@ -111,6 +111,21 @@ def test_properties_become_classes_and_unknown_ones_are_named(tmp_path: Path) ->
     assert tree["ignore_px"] == 81
 
 
+def test_a_property_that_no_area_has_is_named_with_those_there_are(tmp_path: Path) -> None:
+    write_scene(tmp_path, "a", np.zeros((3, 40, 40), np.uint8), None)
+    write_areas(tmp_path / "labels/a.geojson", [box(0, -9, 9, 0)], "EPSG:32633", kind="shed")
+    options = {**SMALL, "labels": AREAS, "archive": {"chip_px": 64, "class_property": "knd"}}
+    with pytest.raises(InputError, match=r"no property 'knd'. .*its properties: 'kind'"):
+        prepared("archive", tmp_path / "scenes", tmp_path / "out", label_map={"shed": 1}, **options)
+
+
+def test_cells_smaller_than_chips_are_named_where_they_leave_nothing(tmp_path: Path) -> None:
+    blank(tmp_path, "a", 96)
+    split = {"fractions": {"val": 0.5}, "grid_m": 5}
+    with pytest.raises(InputError, match=r"no sample is left of 9.*split\.grid_m"):
+        prepared("archive", tmp_path / "scenes", tmp_path / "out", split=split, **SMALL)
+
+
 def test_no_ground_lies_on_both_sides_of_a_split(tmp_path: Path) -> None:
     for number in range(4):  # neighbours overlap by half
         blank(tmp_path, f"s{number}", 96, left=48 * number)

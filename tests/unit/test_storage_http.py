@@ -83,3 +83,27 @@ def test_a_server_that_goes_on_failing_is_given_up(server: _Server) -> None:
     with pytest.raises(StorageError, match=r"failed 8 times .* HTTP 503"):
         open_storage(server.uri).read("weights.pth")
     assert server.asked == retry.ATTEMPTS
+
+
+@pytest.mark.parametrize(("answers", "is_there"), [([200], True), ([404] * 9, False), ([410] * 9, False)])
+def test_absence_is_what_the_server_says(server: _Server, answers: list[int], is_there: bool) -> None:
+    server.answers = list(answers)
+    assert (open_storage(server.uri).stat("weights.pth") is not None) is is_there
+
+
+def test_a_server_that_does_not_answer_is_no_absence(server: _Server) -> None:
+    storage = open_storage(server.uri)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(StorageError, match="failed") as caught:
+        storage.stat("weights.pth")
+    assert not isinstance(caught.value, ObjectMissing)
+
+
+def test_a_server_that_fails_or_refuses_is_no_absence(server: _Server) -> None:
+    server.answers = [503] * 99
+    with pytest.raises(StorageError, match="503"):
+        open_storage(server.uri).stat("weights.pth")
+    server.answers = [403] * 99
+    with pytest.raises(StorageRefused, match="403"):
+        open_storage(server.uri).stat("weights.pth")
