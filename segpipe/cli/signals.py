@@ -25,14 +25,17 @@ _asked: list[int] = []
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Hear both within this context; those before it are heard again after it."""
+    """Hear both within this context, but what the parent process wants ignored, as shells do for ``&``."""
     _asked.clear()
-    before = {number: signal.signal(number, _on_signal) for number in _EXCEPTIONS}
+    before = {number: signal.getsignal(number) for number in _EXCEPTIONS}
+    ours = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in ours:
+        signal.signal(number, _on_signal)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def check() -> None:

@@ -73,8 +73,11 @@ def load_model_config(
 
 def _part_of(tree: Tree, part: str, where: str) -> Tree:
     """The config of one command in a recipe; any other tree as it is."""
-    if list(tree) != ["recipe"]:
+    if "recipe" not in tree:
         return tree
+    if others := [str(name) for name in tree if name != "recipe"]:
+        what = f"beside recipe stands {', '.join(others)}"
+        raise ConfigError(what, where, "Move it into the command's part, such as recipe.predict.")
     parts = tree["recipe"]
     if not isinstance(parts, dict) or not set(parts) <= set(RECIPE_PARTS):
         raise ConfigError(
