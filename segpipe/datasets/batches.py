@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from segpipe.config.card import IGNORE
-from segpipe.config.model import LimitsConfig
 from segpipe.config.train import DataConfig
 from segpipe.datasets.augment import augment, rng_of
 from segpipe.datasets.groups import REPLACE_SHARD, EncodedSample, GroupReader
-from segpipe.datasets.images import decode_image
+from segpipe.datasets.images import STORED_LIMITS, decode_image
 from segpipe.datasets.order import LaneBatch, SampleOrder, lanes_of
 from segpipe.datasets.prepared import GroupRef, PreparedDataset
 from segpipe.errors import InputError, SceneError
@@ -182,7 +181,7 @@ def decode_sample(sample: EncodedSample, dataset: PreparedDataset, where: str) -
     """
     fix = REPLACE_SHARD
     try:
-        image = decode_image(sample.image, where, LimitsConfig())
+        image = decode_image(sample.image, where, STORED_LIMITS)
         label = decode_mask(sample.label)
     except SceneError as error:
         raise InputError(f"the image cannot be used ({error.what})", where, fix) from error

@@ -27,6 +27,9 @@ from segpipe.storage import open_object
 
 Array = np.ndarray[Any, Any]
 
+STORED_LIMITS: Final = LimitsConfig()
+"""Of images in shards: what `segpipe prepare` was allowed beyond them is encoded again."""
+
 _SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GTiff": "tif"}
 
 
@@ -100,7 +103,7 @@ def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:
     with open_raster_bytes(data, where) as raster:
         raster.call("header", lambda dataset: check_limits(dataset, raster.driver, where, limits))
         facts = raster.call("header", lambda dataset: _facts(dataset, where))
-        plain = facts.plain and _is_within(raster, where, LimitsConfig())
+        stays = limits == STORED_LIMITS or _is_within(raster, where, STORED_LIMITS)
         window = Window(0, 0, facts.height, facts.width)
         alpha = () if facts.rule.alpha is None else (facts.rule.alpha,)
         shape = (len(facts.bands) + len(alpha), facts.height, facts.width)
@@ -117,7 +120,7 @@ def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:
         no_data = no_data if zeros is None else join_no_data(no_data, zeros)
     valid = None if no_data is None else ~no_data
     crs, transform = facts.located
-    return DecodedImage(pixels, valid, _SUFFIXES[raster.driver], plain, crs, transform)
+    return DecodedImage(pixels, valid, _SUFFIXES[raster.driver], facts.plain and stays, crs, transform)
 
 
 def encode_image(pixels: Array, valid: Array | None) -> tuple[bytes, str]:

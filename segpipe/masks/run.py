@@ -95,6 +95,9 @@ class RunInfo:
     def from_json(cls, data: bytes, where: str) -> RunInfo:
         try:
             tree = json.loads(data)
+            if tree.get("kind") == "training":
+                fix = "Give the folder of a run, or an --output of its own."
+                raise InputError("this folder holds a training, and no masks or scores", where, fix)
             if int(tree["format"]) > FORMAT:
                 raise InputError(
                     f"the run has format {tree['format']}, this version of segpipe reads up to {FORMAT}",
@@ -114,12 +117,10 @@ class RunInfo:
             )
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ValueError) or "model_sha256" in tree:
-                what = f"run.json cannot be read ({_one_line(error)})"
-            else:
-                what = "this folder holds no predictions or scores, but what another command made"
-            raise InputError(what, where, "Give the folder of a run, or an --output of its own.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"run.json cannot be read ({_one_line(error)})", where, "Is this the folder of a run?"
+            ) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -60,8 +60,8 @@ class Made(NamedTuple):
 def make_reports(storage: Storage, info: RunInfo, executor: Executor, events: Events) -> Made:
     """Write index and reports of what is there, and _SUCCESS where that is all that is planned.
 
-    Made anew where another driver has planned or ended
-    more meanwhile, so that what stays is never older than what it found.
+    Made anew where another driver has planned or ended more meanwhile, so that what stays is never older
+    than what it found.
     Raises CheckError, naming the object, where one is damaged; StorageFull where scratch space ends.
     """
     try:

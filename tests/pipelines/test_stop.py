@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from archive import local, make_model, objects, ok, predict, run, start, write_scene
+from archive import Done, local, make_model, objects, ok, predict, run, start, write_scene
 
 CUT = {"block_px": 64, "unit_px": 5000}
 
@@ -79,6 +79,14 @@ def test_a_signal_while_it_starts_leaves_no_traceback(archive: Path, tmp_path: P
     assert "Traceback" not in stderr
 
 
+def end_of(scenes: Path, archive: Path, output: Path, code: str) -> Done:
+    """How a prediction ends that runs ``code`` first."""
+    model = archive / "model.safetensors"
+    process = start("predict", scenes, "--model", model, "--output", output, *local(**CUT), code=code)
+    out, err = process.communicate(timeout=180)
+    return Done(process.returncode, out, err)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_heard_where_the_driver_itself_writes_a_unit(
     archive: Path, tmp_path: Path, number: signal.Signals, code: int
@@ -96,18 +104,9 @@ def put(self, key, data):
     return real(self, key, data)
 S.put_if_absent = put
 """
-    words = (
-        "predict",
-        tmp_path / "in",
-        "--model",
-        archive / "model.safetensors",
-        "--output",
-        tmp_path / "run",
-    )
-    process = start(*words, *local(**CUT), code=hooked)
-    _, stderr = process.communicate(timeout=180)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr
+    ended = end_of(tmp_path / "in", archive, tmp_path / "run", hooked)
+    assert ended.code == code, ended.err
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -128,17 +127,8 @@ def complete(*arguments):
     return real(*arguments)
 p._complete = complete
 """
-    words = (
-        "predict",
-        archive / "in",
-        "--model",
-        archive / "model.safetensors",
-        "--output",
-        tmp_path / "run",
-    )
-    process = start(*words, *local(**CUT), code=hooked)
-    _, stderr = process.communicate(timeout=180)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr
-    assert "a bug" not in stderr
+    ended = end_of(archive / "in", archive, tmp_path / "run", hooked)
+    assert ended.code == code, ended.err
+    assert "Traceback" not in ended.err
+    assert "a bug" not in ended.err
     assert not (tmp_path / "run/_SUCCESS").exists()

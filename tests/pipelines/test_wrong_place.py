@@ -47,9 +47,9 @@ def train(root: Path, output: Path, *more: Any) -> Any:
 
 def test_the_folder_of_a_training_is_no_run(folder: Path) -> None:
     for command in (("verify", folder / "trained"), ("export", folder / "trained", "-o", folder / "x")):
-        run(*command).refused(2, "run.json", "holds no predictions or scores, but what another command made")
+        run(*command).refused(2, "run.json", "holds a training, and no masks or scores")
     done = predict(folder / "in", folder / "model.safetensors", folder / "trained")
-    done.refused(2, "what another command made", "an --output of its own")
+    done.refused(2, "holds a training", "an --output of its own")
 
 
 def test_a_data_set_is_no_output_of_predict_and_train(folder: Path) -> None:

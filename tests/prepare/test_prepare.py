@@ -13,7 +13,8 @@ from layouts import Heard, config_of, files_of, pixels_of, prepared, rows_of, sa
 
 from segpipe.cli.main import main
 from segpipe.config.card import ClassInfo
-from segpipe.config.model import InputConfig
+from segpipe.config.model import InputConfig, LimitsConfig
+from segpipe.datasets import images
 from segpipe.errors import ConfigError, InputError
 from segpipe.masks.codec import decode_mask
 from segpipe.pipelines.local import LocalExecutor
@@ -46,6 +47,18 @@ def test_images_are_passed_through_and_labels_are_our_png(tmp_path: Path) -> Non
         assert row["image"] == (tmp_path / "in" / f"{name}.png").read_bytes()
         assert np.array_equal(decode_mask(row["label"]), np.where(labels[name] == 11, 255, labels[name]))
         assert row["window"] == {"row_off": 0, "col_off": 0, "height": 12, "width": 16}
+
+
+def test_an_image_beyond_the_limits_of_a_training_is_encoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_camvid(tmp_path / "in")
+    monkeypatch.setattr(images, "STORED_LIMITS", LimitsConfig(file_block_bytes=47))  # a row has 48 bytes
+    prepared("camvid", tmp_path / "in", tmp_path / "out")
+    for name, row in rows_of(tmp_path / "out").items():
+        original = (tmp_path / "in" / f"{name}.png").read_bytes()
+        assert row["image"] != original
+        assert np.array_equal(pixels_of(row["image"]), pixels_of(original))
 
 
 def test_row_groups_hold_at_most_16_samples_and_shards_one_split(tmp_path: Path) -> None:

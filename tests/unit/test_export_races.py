@@ -31,6 +31,19 @@ def export(run: MadeRun, output: Path) -> Any:
     return export_run(run.storage.root, str(output))
 
 
+def meanwhile(monkeypatch: pytest.MonkeyPatch, run: MadeRun, output: Path) -> None:
+    """Let ``run`` be exported whole before the next export writes its GeoTIFF."""
+    real, ended = export_module.write_cog, []
+
+    def write(*arguments: Any) -> Path:
+        if not ended:
+            ended.append(run)
+            assert export(run, output).exported == 1
+        return real(*arguments)
+
+    monkeypatch.setattr(export_module, "write_cog", write)
+
+
 def names_of(output: Path) -> tuple[str, str]:
     """The first class by the GeoTIFF's tags and by the file beside it."""
     with rasterio.open(output / "a.tif") as file:
@@ -43,15 +56,7 @@ def test_the_slower_of_two_exports_at_once_finds_a_conflict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, output = make(tmp_path, 1), make(tmp_path, 2), tmp_path / "out"
-    real, ended = export_module.write_cog, []
-
-    def write(*arguments: Any) -> Path:
-        if not ended:
-            ended.append("second")
-            assert export(second, output).exported == 1
-        return real(*arguments)
-
-    monkeypatch.setattr(export_module, "write_cog", write)
+    meanwhile(monkeypatch, second, output)
     result = export(first, output)
     assert (result.exported, result.already_there, result.conflict.count) == (0, 0, 1)
     assert result.exit_code == 4
@@ -62,15 +67,7 @@ def test_the_slower_of_two_exports_of_one_run_finds_it_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, output = make(tmp_path, 1), tmp_path / "out"
-    real, ended = export_module.write_cog, []
-
-    def write(*arguments: Any) -> Path:
-        if not ended:
-            ended.append("other")
-            assert export(made, output).exported == 1
-        return real(*arguments)
-
-    monkeypatch.setattr(export_module, "write_cog", write)
+    meanwhile(monkeypatch, made, output)
     result = export(made, output)
     assert (result.exported, result.already_there, result.exit_code) == (0, 1, 0)
 
