@@ -26,6 +26,7 @@ LEVELS = {
     "errors": 0,
     "compiled": 0,
     "pages": 0,
+    "wording": 0,
     "segpipe": 0,
 }
 SIDEWAYS = {("masks", "rasters"), ("cli", "demo"), ("demo", "cli"), ("training", "pipelines")}

@@ -9,9 +9,9 @@ from segpipe.cli.progress import ProgressEvents
 from segpipe.config.load import load_config
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import ConfigError
-from segpipe.pipelines.events import counted
 from segpipe.pipelines.predict import DryRun, Job, Outcome, dry_run, nothing_written, prepare, run_job
 from segpipe.storage import read_uri
+from segpipe.wording import counted
 
 
 def read_config(

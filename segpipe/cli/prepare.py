@@ -10,8 +10,8 @@ from segpipe.cli.jobs import read_text
 from segpipe.cli.progress import ProgressEvents
 from segpipe.config.prepare import PrepareConfig, load_prepare
 from segpipe.errors import ConfigError
-from segpipe.pipelines.events import counted
 from segpipe.pipelines.prepare import Prepared, plan_prepare, run_prepare
+from segpipe.wording import counted
 
 
 def prepare_command(

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from segpipe.cli import signals
-from segpipe.pipelines.events import Events, counted
+from segpipe.pipelines.events import Events
+from segpipe.wording import counted
 
 if TYPE_CHECKING:
     from segpipe.pipelines.worker import UnitResult

@@ -13,11 +13,11 @@ from segpipe.cli import signals
 from segpipe.cli.jobs import print_fields, read_text
 from segpipe.cli.progress import format_duration
 from segpipe.config.train import TrainConfig, load_train
-from segpipe.pipelines.events import counted
 from segpipe.training.events import TrainEvents
 from segpipe.training.finish import Trained
 from segpipe.training.history import ScoreRow, StepRow
 from segpipe.training.run import TrainPlan, plan_only, prepare_job, run_training
+from segpipe.wording import counted
 
 _LINE_EVERY_S: Final = 10.0
 

@@ -14,10 +14,10 @@ from segpipe.errors import InputError
 from segpipe.geometry.georef import Transform
 from segpipe.geometry.grid import Window
 from segpipe.rasters.scene import SceneSource
+from segpipe.wording import few
 
 Array = np.ndarray[Any, Any]
 
-_SHOWN: Final = 5
 LEFT_OUT: Final = ""
 """The split of a sample that is listed but left out: an excluded area, ground of two splits."""
 
@@ -98,12 +98,7 @@ def refuse_missing(missing: Sequence[str], what: str, where: str) -> None:
     """Raise `InputError` with the first few names where something is missing."""
     if missing:
         raise InputError(
-            f"{len(missing)} of the listed samples have no {what}: {first_few(missing)}",
+            f"{len(missing)} of the listed samples have no {what}: {few(missing)}",
             where,
             "Complete the data, or take them off the list.",
         )
-
-
-def first_few(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

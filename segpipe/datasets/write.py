@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from segpipe.datasets.layout import Layout, Sample, SampleRef
@@ -10,6 +12,7 @@ from segpipe.datasets.shards import ShardMeta, encode_shard, read_meta
 from segpipe.datasets.statistics import Sums
 from segpipe.errors import InputError, SceneError
 from segpipe.storage import Storage, open_storage
+from segpipe.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ def make_shard(task: ShardTask) -> ShardResult:
     if storage.stat(shard.key) is not None:
         return ShardResult(shard.number, _adopted(storage, shard), skipped=True)
     sums, rows, faults = Sums(), list[tuple[SampleRef, Sample]](), list[str]()
+    kinds: list[tuple[str, str, int]] = []
     with task.layout.reading() as read:
         for ref in shard.refs:
             try:
@@ -48,11 +52,11 @@ def make_shard(task: ShardTask) -> ShardResult:
             if sample is None:
                 sums.dropped += 1
                 continue
-            if rows and (fault := _unlike(rows[0][1], sample, rows[0][0].sample_id)):
-                faults.append(f"{ref.sample_id} (bands): {fault}")
-                continue
-            sums.add(sample, len(task.layout.classes))
+            kinds.append((ref.sample_id, image_kind(len(sample.pixels), str(sample.pixels.dtype)), 1))
+            if kinds[-1][1] == kinds[0][1]:
+                sums.add(sample, len(task.layout.classes))
             rows.append((ref, _without_pixels(sample)))
+    faults += of_another_kind(kinds)
     if faults:
         return ShardResult(shard.number, None, tuple(faults))
     bands, dtype = (rows[0][1].pixels.shape[0], str(rows[0][1].pixels.dtype)) if rows else (0, "")
@@ -73,14 +77,22 @@ def _adopted(storage: Storage, shard: ShardPlan) -> ShardMeta:
     return meta
 
 
-def _unlike(first: Sample, sample: Sample, name: str) -> str | None:
-    bands, dtype = first.pixels.shape[0], first.pixels.dtype
-    if (len(sample.pixels), sample.pixels.dtype) == (bands, dtype):
-        return None
-    return (
-        f"{len(sample.pixels)} bands of {sample.pixels.dtype}, but {name} has {bands} of {dtype}. "
-        "Convert the images to one kind."
-    )
+def image_kind(bands: int, dtype: str) -> str:
+    """``3 bands of uint8``: what all images of a data set have in common."""
+    return f"{counted(bands, 'band')} of {dtype}"
+
+
+def of_another_kind(images: Sequence[tuple[str, str, int]]) -> list[str]:
+    """A fault for each (sample id, kind, number of images) whose kind is not that of most images."""
+    counts = Counter[str]()
+    for _, kind, number in images:
+        counts[kind] += number
+    usual = max(counts, key=counts.__getitem__, default="")
+    return [
+        f"{sample_id} (bands): {kind}, most others have {usual}. Convert the images to one kind."
+        for sample_id, kind, _ in images
+        if kind != usual
+    ]
 
 
 def _without_pixels(sample: Sample) -> Sample:

@@ -24,7 +24,6 @@ from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import IncompleteError, InputError, SegpipeError, first_line
 from segpipe.masks.plan import PlanScene
-from segpipe.pipelines.events import counted
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import Isolation
 from segpipe.pipelines.local import inspect_sources
@@ -32,6 +31,7 @@ from segpipe.pipelines.resources import Hardware, Pool, this_machine
 from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
 from segpipe.rasters.scene import SceneSource
+from segpipe.wording import counted
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")

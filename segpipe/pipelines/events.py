@@ -8,11 +8,6 @@ if TYPE_CHECKING:
     from segpipe.pipelines.worker import UnitResult
 
 
-def counted(count: int, noun: str) -> str:
-    """Return ``1 scene``, ``2 scenes``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 class Events:
     """Callbacks of one run, called from the driver's thread alone. All do nothing here."""
 

@@ -19,6 +19,7 @@ from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage
+from segpipe.wording import counted
 
 Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]
 FindMasks = Callable[[Sequence[SceneSource]], dict[str, SceneUnits]]
@@ -134,22 +135,31 @@ def _plan_pages(
     find_masks: FindMasks | None,
 ) -> bool:
     """Put one part a page; False as soon as another driver was first with another content."""
-    done, total = 0, len(scenes)
+    done, total, kept = 0, len(scenes), 0
     for page in scenes.pages(PART_SCENES):
         replaced = {source.scene_id: old for source, old in page if old is not None}
         masks = find_masks([source for source, _ in page]) if find_masks is not None else {}
         inspected = []
         for scene in inspect([source for source, _ in page]):
             scene_id = scene.source.scene_id
-            planned = replace(scene, replaces_part=replaced.get(scene_id), masks=masks.get(scene_id))
-            inspected.append(planned)
             done += 1
             if done % 100 == 0 or done == total:
                 events.planned(done, total)
+            if scene_id in replaced and scene.error_kind == "scene_changed":
+                kept += 1  # the plan may have the newer version from another driver
+                continue
+            inspected.append(replace(scene, replaces_part=replaced.get(scene_id), masks=masks.get(scene_id)))
+        if not inspected:
+            continue
         data = encode_part(plan_part(inspected, facts, totals), scenes.extra_schema)
         if not storage.put_if_absent(plan_key(part), data) and storage.read(plan_key(part)) != data:
             return False
         part += 1
+    if kept:
+        events.warning(
+            f"{counted(kept, 'scene')} changed since the listing, and the masks that are there stay. "
+            "Run the same command again."
+        )
     return True
 
 

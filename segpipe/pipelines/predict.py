@@ -36,7 +36,7 @@ from segpipe.masks.run import (
     require_run,
 )
 from segpipe.models.header import read_card_bytes
-from segpipe.pipelines.events import Events, counted
+from segpipe.pipelines.events import Events
 from segpipe.pipelines.local import Executor, LocalExecutor
 from segpipe.pipelines.mask_index import MaskIndex
 from segpipe.pipelines.plan import Inspect, PlanTotals, known_scenes, make_plan, plan_part
@@ -56,6 +56,7 @@ from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage, open_storage, read_uri
+from segpipe.wording import counted
 
 _PACKAGES = ("segpipe", "torch", "torchvision", "ray", "pyarrow", "rasterio", "numpy")
 

@@ -10,18 +10,19 @@ from typing import Any, Final
 from segpipe.config.model import SegpipeConfig
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets.dataset_file import DATASET_KEY, dataset_tree, read_dataset, to_json, with_licence
-from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef, first_few
+from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef
 from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
 from segpipe.datasets.shards import ShardMeta
-from segpipe.datasets.write import ShardTask, make_shard
+from segpipe.datasets.write import ShardTask, image_kind, make_shard, of_another_kind
 from segpipe.errors import ConfigError, InputError, SceneError
 from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser
 from segpipe.masks.run import RUN_KEY
-from segpipe.pipelines.events import Events, counted
+from segpipe.pipelines.events import Events
 from segpipe.pipelines.local import Executor
 from segpipe.pipelines.predict import nothing_written, start_executor
 from segpipe.storage import Storage, open_storage
+from segpipe.wording import counted, few
 
 _SCENES_PER_TASK: Final = 16
 _MESSAGE_EVERY_S: Final = 10.0
@@ -70,10 +71,10 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
             "Check the labels and archive.min_label_fraction.",
         )
     if absent := tree["absent_classes"]:
-        events.warning(f"classes that never occur in the labels: {first_few(absent)}")
+        events.warning(f"classes that never occur in the labels: {few(absent)}")
     asked = {*config.split.fractions, *config.split.globs}
     if empty := sorted(asked - {shard.split for shard in shards}):
-        events.warning(f"splits without a sample: {first_few(empty)}")
+        events.warning(f"splits without a sample: {few(empty)}")
     _warn_of_pixel_sizes(config, tree, events)
     if not storage.put_if_absent(DATASET_KEY, to_json(tree)):
         tree = _adopted(storage, config, _look_at_output(storage, shards) or tree, written, events)
@@ -189,7 +190,7 @@ def _look_at_output(storage: Storage, shards: Sequence[ShardPlan]) -> dict[str, 
     for page in storage.list("shards/"):
         if strange := [info.key for info in page if info.key not in planned]:
             raise InputError(
-                f"the output holds objects that are not planned: {first_few(strange)}",
+                f"the output holds objects that are not planned: {few(strange)}",
                 storage.root,
                 "Choose another --output, or remove the old data set.",
             )
@@ -204,17 +205,21 @@ def _make_shards(
     tasks = [ShardTask(shard, layout, config.output, config.format) for shard in shards]
     first_ids = {shard.number: shard.refs[0].sample_id for shard in shards}
     metas: list[ShardMeta] = []
+    kinds: list[tuple[str, str, int]] = []
     faults: list[str] = []
     written, said_s = 0, time.monotonic()
     for done, result in enumerate(executor.map_ordered(make_shard, tasks), start=1):
         faults += result.faults
-        if result.meta is not None:
-            metas.append(result.meta)
-            faults += _odd_bands(metas, first_ids[result.number])
+        if (meta := result.meta) is not None:
+            metas.append(meta)
+            if meta.sums.samples:
+                kind = image_kind(meta.bands, meta.dtype)
+                kinds.append((first_ids[result.number], kind, meta.sums.samples))
             written += not result.skipped
         if time.monotonic() - said_s > _MESSAGE_EVERY_S and done < len(shards):
             said_s = time.monotonic()
             events.message(f"{done} of {len(shards)} shards")
+    faults += of_another_kind(kinds)
     fix = (
         "Repair them, and the same command goes on. If you leave some out instead, remove the shards in "
         f"{config.output} first: they are cut anew."
@@ -225,16 +230,4 @@ def _make_shards(
 
 def _refuse(faults: Sequence[str], noun: str, where: str, fix: str) -> None:
     if faults:
-        raise InputError(f"{counted(len(faults), noun)} cannot be used: {first_few(faults)}", where, fix)
-
-
-def _odd_bands(metas: list[ShardMeta], first_id: str) -> list[str]:
-    """The fault of a shard whose images are of another kind than those of the first shard."""
-    first = next((meta for meta in metas if meta.bands), None)
-    last = metas[-1]
-    if first is None or not last.bands or (first.bands, first.dtype) == (last.bands, last.dtype):
-        return []
-    return [
-        f"{first_id} (bands): {last.bands} bands of {last.dtype}, "
-        f"the first samples have {first.bands} of {first.dtype}"
-    ]
+        raise InputError(f"{counted(len(faults), noun)} cannot be used: {few(faults)}", where, fix)

@@ -22,12 +22,12 @@ from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from segpipe.errors import IncompleteError, first_line
-from segpipe.pipelines.events import counted
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.training.comm import Comm
 from segpipe.training.history import ScoreRow, StepRow
 from segpipe.training.resources import TrainPool
 from segpipe.training.worker import Tell, WorkerTask, run_worker
+from segpipe.wording import counted
 
 _POLL_S: Final = 0.5
 _COLLECTIVE_TIMEOUT_S: Final = 1800

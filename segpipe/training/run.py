@@ -12,7 +12,6 @@ from typing import Any, Final
 from segpipe.config.card import ModelCard
 from segpipe.config.model import ClusterConfig, SegpipeConfig
 from segpipe.config.train import TrainConfig
-from segpipe.datasets.layout import first_few
 from segpipe.datasets.prepared import PreparedDataset, open_dataset
 from segpipe.errors import ConfigError, InputError
 from segpipe.models.families import build
@@ -40,6 +39,7 @@ from segpipe.training.run_file import (
 )
 from segpipe.training.tracking import check_tracking
 from segpipe.training.worker import WorkerTask, run_worker, total_steps
+from segpipe.wording import few
 
 _PACKAGES: Final = ("segpipe", "torch", "torchvision", "ray", "numpy")
 _IMAGENET: Final = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -293,7 +293,7 @@ def _warn_of_classes(job: TrainJob, events: TrainEvents) -> None:
     if len(absent) == len(counts):
         raise InputError("no pixel of the training splits has a label", job.config.data.uri, "Check labels.")
     if absent:
-        events.warning(f"classes that never occur in the training splits: {first_few(absent)}")
+        events.warning(f"classes that never occur in the training splits: {few(absent)}")
 
 
 def _teller(events: TrainEvents) -> Callable[[StepRow | ScoreRow | str], None]:

@@ -124,3 +124,22 @@ def test_an_unfinished_report_does_not_stay_over_a_finished_one(
     assert done.tree["missing"] == 0
     assert archive.success is not None
     assert archive.summary["scenes"]["partial"] == 0
+
+
+def test_a_driver_with_an_older_listing_leaves_the_newer_masks(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok(archive.predict())
+    write_scene(archive.scenes / "b.tif", 70, 90, seed=7)
+
+    def changes_again() -> None:
+        write_scene(archive.scenes / "b.tif", 70, 91, seed=8)
+        ok(archive.predict())
+
+    once(monkeypatch, driver, "make_plan", 1, changes_again)
+    done = ok(archive.predict())
+    assert "1 scene changed since the listing" in done.err
+    scenes = archive.summary["scenes"]
+    assert (scenes["all"], scenes["failed"]) == (3, 0)
+    assert len(list(archive.run.glob("plan/*"))) == 2
+    assert run("verify", archive.run).code == 0

@@ -245,10 +245,14 @@ def test_image_shards_become_a_data_set_as_the_files_they_hold_do(tmp_path: Path
 
 
 @pytest.mark.parametrize("shard_samples", [1, 100])
-def test_mixed_band_counts_are_refused(tmp_path: Path, shard_samples: int) -> None:
+@pytest.mark.parametrize("odd", ["im0", "im3"])
+def test_an_image_of_another_kind_is_the_one_that_is_named(
+    tmp_path: Path, odd: str, shard_samples: int
+) -> None:
     write_camvid(tmp_path / "in")
-    save(tmp_path / "in/train/im3.png", np.zeros((12, 16), np.uint8))
-    with pytest.raises(InputError, match=r"train/im3 \(bands\): 1 bands"):
+    save(tmp_path / f"in/train/{odd}.png", np.zeros((12, 16), np.uint8))
+    text = rf"1 sample cannot be used: train/{odd} \(bands\): 1 band of uint8, most others have 3 bands"
+    with pytest.raises(InputError, match=text):
         prepared("camvid", tmp_path / "in", tmp_path / "out", shard_samples=shard_samples)
     assert not (tmp_path / "out/dataset.json").exists()
 
