@@ -54,7 +54,7 @@ def list_scenes(config: InputConfig, output: str | None, *, need_labels: bool) -
     templates; storage errors as they come.
     """
     if not config.scenes:
-        raise ConfigError("no input is named", "input.scenes", "Name a folder, a glob, files or a catalogue.")
+        raise ConfigError("no input is named", "inputs", "Name a folder, a glob, files or a catalogue.")
     with scratch_explained():
         spool = Spool()
         try:
@@ -70,8 +70,8 @@ class _Builder:
     def __init__(self, config: InputConfig, output: str | None, spool: Spool) -> None:
         self.config, self.spool = config, spool
         self.output = open_storage(output).root + "/" if output else None
-        self.labels = parse_template(config.labels, "input.labels") if config.labels else None
-        self.mask_template = parse_template(config.valid, "input.valid") if "{" in config.valid else None
+        self.labels = parse_template(config.labels, "labels") if config.labels else None
+        self.mask_template = parse_template(config.valid, "valid") if "{" in config.valid else None
         self.auto_masks = config.valid == "auto"
         self.ranked = False
         self.seen: list[str] = []
@@ -94,7 +94,7 @@ class _Builder:
         self.spool.check_ids()
         if need_labels and not self.spool.count("label IS NOT NULL"):
             fix = "Give --labels with a template, or a catalogue with a label column."
-            raise ConfigError("no scene has a label", "input.labels", fix)
+            raise ConfigError("no scene has a label", "labels", fix)
         self._pin_labels()
         self._pin_masks()
         return self.spool.finish(self._extra_schema(), self.notes)
@@ -198,18 +198,18 @@ class _Builder:
 
     def _refuse_none_left(self, why: str) -> None:
         if not self.spool.count():
-            raise InputError(why, "input.scenes", "Correct the input or the template.")
+            raise InputError(why, "inputs", "Correct the input or the template.")
 
     def _pin_scenes(self) -> None:
         missing = pin_versions(self.spool, "uri", self.seen)
         if missing.count:
             what = f"no such file: {missing.text(with_ids=False)}"
-            raise InputError(what, "input.scenes", "Correct the paths or take them out.")
+            raise InputError(what, "inputs", "Correct the paths or take them out.")
 
     def _expand_shards(self) -> None:
         for shard in self.spool.shards():
             if has_suffix(shard.uri, (".parquet",)) and is_catalogue(shard.uri, _pinned(shard)):
-                fix = "Name it as an input of its own, or leave it out with input.exclude."
+                fix = "Name it as an input of its own, or leave it out."
                 raise InputError("a catalogue (it has a uri column) lies among the scenes", shard.uri, fix)
             self._expand(shard)
         self.spool.drop_shards()
@@ -240,7 +240,7 @@ class _Builder:
             if self._picked(scene_id):
                 self.spool.add(self._completed(draft, own_label=False, own_mask=False, key=member.key))
         if not num_members:
-            raise InputError("the shard holds no row", shard.uri, "Leave it out with input.exclude.")
+            raise InputError("the shard holds no row", shard.uri, "Leave it out.")
         self.spool.set_members(shard.uri, num_members, first)
 
     def _pin_labels(self) -> None:
@@ -250,7 +250,7 @@ class _Builder:
                 f"no label for {missing.count} of {self.spool.count()} scenes: {missing.text(with_ids=True)}"
             )
             fix = "Correct the template, or give a catalogue whose label is empty where there is none."
-            raise InputError(what, "input.labels", fix)
+            raise InputError(what, "labels", fix)
 
     def _pin_masks(self) -> None:
         missing = pin_versions(self.spool, "valid", self.seen)
@@ -258,7 +258,7 @@ class _Builder:
             what = (
                 f"no mask for {missing.count} of {self.spool.count()} scenes: {missing.text(with_ids=True)}"
             )
-            raise InputError(what, "input.valid", "Correct the template or the catalogue.")
+            raise InputError(what, "valid", "Correct the template or the catalogue.")
 
     def _extra_schema(self) -> pa.Schema:
         """One schema over all catalogues. Raises ``InputError`` where two disagree beyond widening."""
@@ -292,7 +292,7 @@ def _look_at_all(texts: Sequence[str]) -> list[Input]:
         more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
         named = ", ".join(map(printable, absent[:_SHOWN])) + more
         what = f"no such file, or a folder or prefix with nothing in it: {named}"
-        raise InputError(what, "input.scenes", "Correct the path; a glob needs quotes in a shell.")
+        raise InputError(what, "inputs", "Correct the path; a glob needs quotes in a shell.")
     return [source for source in found if source is not None]
 
 

@@ -16,6 +16,7 @@ from segpipe.rasters import georeference, shards
 from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_bytes
 from segpipe.rasters.scene import SceneHeader, SceneSource
 from segpipe.rasters.validity import NAMED_RULES, ValidityRule, alpha_bands, find_rule
+from segpipe.wording import counted
 
 MAX_SIDE_PX: Final = 1 << 22
 """Longest side of a scene: tiles are listed axis by axis, so no header of one endless row may pass."""
@@ -45,7 +46,7 @@ def open_source(source: SceneSource) -> Raster:
 
 
 def check_limits(dataset: Any, driver: str, where: str, limits: LimitsConfig) -> tuple[int, int]:
-    """Hold the header against ``input.limits``; return the file block's height and width.
+    """Hold the header against ``limits``; return the file block's height and width.
 
     A WebP image is decoded as a whole: it is one block. Raises `SceneError` ``limit``.
     """
@@ -53,7 +54,7 @@ def check_limits(dataset: Any, driver: str, where: str, limits: LimitsConfig) ->
     if height * width > limits.scene_px:
         size = f"{height} x {width} = {height * width:,} pixels"
         what = f"its header claims {size}, the limit is {limits.scene_px:,.0f}"
-        raise SceneError("limit", what, where, "Raise input.limits.scene_px if that is true.")
+        raise SceneError("limit", what, where, "Raise limits.scene_px if that is true.")
     if max(height, width) > MAX_SIDE_PX:
         what = f"its header claims {height} x {width} pixels, the longest side may have {MAX_SIDE_PX:,}"
         raise SceneError("limit", what, where, "Cut it into several scenes.")
@@ -65,9 +66,8 @@ def check_limits(dataset: Any, driver: str, where: str, limits: LimitsConfig) ->
             f"one tile or strip of it decodes to {block_h} x {block_w} pixels = {size:,} bytes, "
             f"the limit is {limits.file_block_bytes:,}"
         )
-        raise SceneError(
-            "limit", what, where, "Write it with smaller tiles, or raise input.limits.file_block_bytes."
-        )
+        fix = "Write it with smaller tiles, or raise limits.file_block_bytes."
+        raise SceneError("limit", what, where, fix)
     return int(block_h), int(block_w)
 
 
@@ -140,8 +140,8 @@ def _choose_bands(dataset: Any, num_bands: int, config: InputConfig, where: str)
     if config.bands != "auto":
         chosen = tuple(config.bands)
         if len(chosen) != num_bands:
-            what = f"input.bands names {len(chosen)} bands, the model takes {num_bands}"
-            raise SceneError("bands", what, where, "Name one band for each band of the model.")
+            what = f"input.bands names {counted(len(chosen), 'band')}, {_wanted(num_bands)}"
+            raise SceneError("bands", what, where, "Name as many as are wanted.")
         if max(chosen) > count:
             what = f"input.bands names band {max(chosen)}, the file has {count}"
             raise SceneError("bands", what, where, "Correct input.bands, or leave the scene out.")
@@ -151,13 +151,18 @@ def _choose_bands(dataset: Any, num_bands: int, config: InputConfig, where: str)
     alpha = alpha_bands(dataset)
     colour = [number for number in range(1, count + 1) if number not in alpha]
     if len(colour) < num_bands:
-        what = f"it has {len(colour)} bands" + (f" besides alpha (band {alpha[0]})" if alpha else "")
+        besides = f" besides alpha (band {alpha[0]})" if alpha else ""
+        what = f"it has {counted(len(colour), 'band')}{besides}, {_wanted(num_bands)}"
         fix = "Leave the scene out."
         if count >= num_bands:
             numbers = ", ".join(str(number) for number in range(1, num_bands + 1))
             fix = f"If that band is no alpha, set input.bands: [{numbers}]."
-        raise SceneError("bands", f"{what}, the model takes {num_bands}", where, fix)
+        raise SceneError("bands", what, where, fix)
     return tuple(colour[:num_bands])
+
+
+def _wanted(num_bands: int) -> str:
+    return f"{num_bands} {'is' if num_bands == 1 else 'are'} wanted"
 
 
 def _has_palette(dataset: Any) -> bool:

@@ -36,7 +36,7 @@ def open_label(
 ) -> LabelReader:
     """Open the label of a scene of ``height`` x ``width`` pixels.
 
-    Values: ``input.label_map`` ("7" or "#rrggbb" -> class index or 255); without it an index raster's values
+    Values: ``label_map`` ("7" or "#rrggbb" -> class index or 255); without it an index raster's values
     are the class indices, and a colour image's colours those of the classes. 255 is ignored unless it is
     mapped. A palette counts as colours where the map has colours, else as indices.
     Raises `SceneError` ``label_read``, ``label_size``, ``scene_changed``; `ConfigError` for a map that is
@@ -61,16 +61,16 @@ def open_label(
 
 
 def parse_label_map(label_map: Mapping[str, int], num_classes: int) -> tuple[dict[int, int], dict[int, int]]:
-    """``input.label_map`` as (value -> class, colour as 0xrrggbb -> class).
+    """``label_map`` as (value -> class, colour as 0xrrggbb -> class).
 
-    Raises `ConfigError` for a key that is neither, and for a class that the model does not have.
+    Raises `ConfigError` for a key that is neither, and for a class that there is not.
     """
     values: dict[int, int] = {}
     colours: dict[int, int] = {}
     for key, index in label_map.items():
         if index != IGNORE and not 0 <= index < num_classes:
-            what = f"{key!r} becomes class {index}, the model has classes 0 to {num_classes - 1}"
-            raise ConfigError(what, "input.label_map", f"Use one of these, or {IGNORE} for ignore.")
+            what = f"{key!r} becomes class {index}, there are only the classes 0 to {num_classes - 1}"
+            raise ConfigError(what, "label_map", f"Use one of these, or {IGNORE} for ignore.")
         text = key.strip()
         if _COLOUR.fullmatch(text):
             colours[int(text[1:], 16)] = index
@@ -79,7 +79,7 @@ def parse_label_map(label_map: Mapping[str, int], num_classes: int) -> tuple[dic
             values[int(text)] = index
         except ValueError:
             what = f"{key!r} is neither a whole number nor a colour"
-            raise ConfigError(what, "input.label_map", 'Write "7" or "#1a2b3c".') from None
+            raise ConfigError(what, "label_map", 'Write "7" or "#1a2b3c".') from None
     return values, colours
 
 
@@ -177,9 +177,8 @@ class LabelReader:
         first = sorted(values)[:_MOST_NAMED]
         names = ", ".join(f"#{int(value):06x}" if self._decoder.colours else f"{value:g}" for value in first)
         more = ", ..." if len(values) > _MOST_NAMED else ""
-        fix = 'Map them with input.label_map, such as {"7": 1}; 255 = ignore.'
-        if self._decoder.colours:
-            fix = 'Map them with input.label_map, such as {"#ff0000": 1}; 255 = ignore.'
+        example = "#ff0000" if self._decoder.colours else "7"
+        fix = f'Map them with label_map, such as {{"{example}": 1}} (255 = ignore), or correct the label.'
         return SceneError(
             "label_value",
             f"the label holds values that no class maps: {names}{more}",
@@ -276,7 +275,7 @@ def _colour_decoder(
         what = f"the label has {facts.count} bands of {facts.dtype}; colours are uint8"
         raise SceneError("label_read", what, where, "Write it as uint8.")
     if value_map and not colour_map:
-        what = "the label is a colour image, input.label_map has numbers only"
+        what = "the label is a colour image, label_map has numbers only"
         raise SceneError("label_read", what, where, 'Map its colours, such as {"#ff0000": 1}.')
     mapping = colour_map
     if not mapping:
@@ -285,7 +284,7 @@ def _colour_decoder(
             code = info.color[0] << 16 | info.color[1] << 8 | info.color[2]
             if code in mapping:
                 what = f"classes {classes[mapping[code]].name} and {info.name} have one colour"
-                raise SceneError("label_read", what, where, "Set input.label_map.")
+                raise SceneError("label_read", what, where, "Set label_map.")
             mapping[code] = index
     table = np.full(1 << 24, _UNMAPPED, np.uint16)
     for code, index in mapping.items():

@@ -49,7 +49,7 @@ class Input:
 def look_at(text: str) -> Input | None:
     """Find out what an INPUT is, by its name and by asking the store; None = nothing is there."""
     if not text.strip():
-        raise InputError("an empty input", "input.scenes", "Name a file, a folder, a glob or a URI.")
+        raise InputError("an empty input", "inputs", "Name a file, a folder, a glob or a URI.")
     text = without_dots(text)
     if not text.endswith("/") and not _is_bucket(text):
         storage, key = open_object(text)

@@ -26,7 +26,8 @@ _MAX_BATCH_ROWS: Final = 16
 _KEPT_BATCHES: Final = 2
 _OPEN_FILES: Final = 2  # the images and the labels of one shard; each may hold 32 MiB of read-ahead
 _BUFFER_BYTES: Final = 1 << 22
-_FIX: Final = "Make the shard again, or leave it out with input.exclude."
+FIX: Final = "Make the shard again, or leave it out."
+"""What to do about a shard that is damaged or holds what it should not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def _keys(file: Any, group: int, column: str | None, first: int, uri: str) -> It
     for batch in file.iter_batches(1024, row_groups=[group], columns=[column]):
         for value in batch.column(0).to_pylist():
             if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-                raise InputError(f"the column {column!r} holds {value!r}, which names no scene", uri, _FIX)
+                raise InputError(f"the column {column!r} holds {value!r}, which names no scene", uri, FIX)
             yield str(value)
 
 
@@ -120,7 +121,7 @@ def _bytes_path(schema: pa.Schema, role: str, uri: str) -> str:
         found = ", ".join(f"{item.name} ({item.type})" for item in schema)[:300]
         wanted = f"{', '.join(names)}: binary, or a struct with bytes"
         what = f"no column of encoded images ({wanted}); found: {found}"
-        raise InputError(what, uri, "A catalogue needs a uri column. " + _FIX)
+        raise InputError(what, uri, "A catalogue needs a uri column. " + FIX)
     return f"{name}.bytes" if pa.types.is_struct(schema.field(name).type) else name
 
 
@@ -137,11 +138,11 @@ def _listing(uri: str) -> Iterator[None]:
     except ObjectMissing:
         raise InputError("no such file", uri, "Correct the path.") from None
     except SceneError as error:
-        raise InputError(error.what, uri, _FIX) from None
+        raise InputError(error.what, uri, FIX) from None
     except SegpipeError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"no valid Parquet file: {first_line(error)}", uri, _FIX) from None
+        raise InputError(f"no valid Parquet file: {first_line(error)}", uri, FIX) from None
 
 
 def _batches(file: Any, group: int, path: str, where: str) -> Iterator[Any]:

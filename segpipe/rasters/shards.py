@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 from segpipe.errors import InputError, ObjectChanged, ObjectMissing, SceneError
-from segpipe.rasters.parquet_shards import list_parquet, parquet_columns, read_cell
+from segpipe.rasters.parquet_shards import FIX, list_parquet, parquet_columns, read_cell
 from segpipe.rasters.scene import CHANGED_FIX, SceneSource, Version
 from segpipe.rasters.scene_ids import RASTER_SUFFIXES, has_suffix
 from segpipe.storage import open_object
@@ -22,7 +22,6 @@ MAX_MEMBER_BYTES: Final = 1 << 30
 """Most bytes of one encoded image in a tar: members are read whole."""
 
 _BLOCK: Final = 512
-_FIX: Final = "Make the shard again, or leave it out with input.exclude."
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ def _list_tar(uri: str, version: Version) -> Iterator[Member]:
             group.add(info, extension.lower())
         yield from (members := group.finish())
     if not num_images + len(members):
-        raise InputError("the shard holds no image (png, jpg, jpeg, webp, tif, tiff)", uri, _FIX)
+        raise InputError("the shard holds no image (png, jpg, jpeg, webp, tif, tiff)", uri, FIX)
 
 
 class _Group:
@@ -151,7 +150,7 @@ class _Group:
             self.other = info.name
 
     def _doubled(self, what: str, first: tarfile.TarInfo, second: tarfile.TarInfo) -> InputError:
-        return InputError(f"two {what} with one key: {first.name!r} and {second.name!r}", self.uri, _FIX)
+        return InputError(f"two {what} with one key: {first.name!r} and {second.name!r}", self.uri, FIX)
 
     def finish(self) -> list[Member]:
         """The group as a member; none where it is only text or other data."""
@@ -184,16 +183,16 @@ def _tar_headers(file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo]:
                 yield info
             file.seek(tar.offset)
             if file.read(_BLOCK) != bytes(_BLOCK):
-                raise InputError("the shard is cut short or damaged: its end mark is missing", uri, _FIX)
+                raise InputError("the shard is cut short or damaged: its end mark is missing", uri, FIX)
     except tarfile.TarError as error:
-        raise InputError(f"no valid tar: {error}", uri, _FIX) from None
+        raise InputError(f"no valid tar: {error}", uri, FIX) from None
 
 
 def _safe_name(info: tarfile.TarInfo, uri: str) -> str:
     """The member's name without "./". Links, devices, sparse files and names that climb out are refused."""
     name = info.name.removeprefix("./")
     if not (info.isreg() or info.isdir()) or info.issparse():
-        raise InputError(f"the member {info.name!r} is a link, a device or a sparse file", uri, _FIX)
+        raise InputError(f"the member {info.name!r} is a link, a device or a sparse file", uri, FIX)
     if name.startswith("/") or "\0" in name or ".." in name.split("/"):
-        raise InputError(f"the member name {info.name!r} climbs out of the shard", uri, _FIX)
+        raise InputError(f"the member name {info.name!r} climbs out of the shard", uri, FIX)
     return name

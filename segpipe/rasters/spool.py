@@ -222,7 +222,7 @@ class Spool:
         more = f"; and {total - 5} more" if total > 5 else ""
         raise InputError(
             f"two scenes with one id: {'; '.join(lines)}{more}",
-            "input.scenes",
+            "inputs",
             "Name a folder above them or quote the glob, so that ids are the paths below it, or give a "
             "catalogue with a scene_id column.",
         )

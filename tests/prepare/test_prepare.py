@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from layouts import Heard, config_of, files_of, pixels_of, prepared, rows_of, save, tar_names, write_camvid
+from layouts import (
+    LOCAL,
+    Heard,
+    config_of,
+    files_of,
+    pixels_of,
+    prepared,
+    rows_of,
+    save,
+    tar_names,
+    write_camvid,
+)
 
 from segpipe.cli.main import main
 from segpipe.config.card import ClassInfo
 from segpipe.config.model import InputConfig, LimitsConfig
+from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets import images
 from segpipe.errors import ConfigError, InputError
 from segpipe.masks.codec import decode_mask
@@ -308,3 +321,32 @@ def test_an_output_is_needed(tmp_path: Path) -> None:
     config = config_of("camvid", tmp_path / "in", tmp_path / "out").model_copy(update={"output": None})
     with pytest.raises(ConfigError, match="--output"):
         run_prepare(config, Heard())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limits": {"scene_px": 100}}, "the limit is 100"),
+        ({"labels": "{parent}/{stem}_no.png"}, "labels: no label for 2 of 2 scenes"),
+        ({"labels": "{nothing}.png"}, "labels: the template"),
+        ({"label_map": {"roof": 1}}, "label_map: 'roof' is neither a whole number nor a colour"),
+        ({}, "the label holds values that no class maps: 7"),
+        ({"sources": ("nowhere",)}, "inputs: no such file"),
+    ],
+)
+def test_no_message_speaks_of_keys_or_of_a_model_that_prepare_has_not(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"in/{name}.jpg", np.zeros((12, 16, 3), np.uint8))
+        save(tmp_path / f"in/{name}_label.png", np.full((12, 16), 7, np.uint8))
+    wanted = {"sources": (f"{tmp_path}/in/*.jpg",), "labels": "{parent}/{stem}_label.png", **options}
+    classes = ({"name": "land", "color": (0, 128, 0)}, {"name": "house", "color": (200, 10, 10)})
+    config = PrepareConfig.model_validate(
+        {"layout": "folder", "output": str(tmp_path / "out"), "classes": classes, "cluster": LOCAL, **wanted}
+    )
+    with pytest.raises(InputError) as caught:
+        run_prepare(config, Heard())
+    assert message in str(caught.value)
+    assert "input." not in str(caught.value)
+    assert "model" not in str(caught.value)

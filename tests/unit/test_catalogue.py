@@ -216,12 +216,12 @@ def test_labels_must_be_named_where_they_are_needed(root: str) -> None:
 )
 def test_odd_templates_are_refused(template: str, tmp_path: Path) -> None:
     put(str(tmp_path), "a.tif")
-    with pytest.raises(ConfigError, match=r"input\.labels.*Use \{stem\}"):
+    with pytest.raises(ConfigError, match=r"^labels: .*Use \{stem\}"):
         scenes(str(tmp_path), labels=template)
 
 
 def test_a_template_cannot_climb_out_of_its_bucket() -> None:
-    template = parse_template("{parent}/../../x/{stem}.png", "input.labels")
+    template = parse_template("{parent}/../../x/{stem}.png", "labels")
     assert template.fill("a", "s3://bucket/p/q/a.tif") == "s3://bucket/x/a.png"
     with pytest.raises(InputError, match="climbs out"):
         template.fill("a", "s3://bucket/p/a.tif")

@@ -6,6 +6,7 @@ import io
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,6 +165,22 @@ def test_fewer_bands_than_the_model_takes_are_an_error_of_kind_bands(tmp_path: P
             inspect_scene(source_of(path), 3, config)
         assert caught.value.kind == "bands"
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "bands", "text"),
+    [
+        (1, 3, "auto", "it has 1 band, 3 are wanted"),
+        (2, 3, "auto", "it has 2 bands, 3 are wanted"),
+        (2, 1, (1, 2), "input.bands names 2 bands, 1 is wanted"),
+    ],
+)
+def test_bands_are_counted_in_plain_words(
+    tmp_path: Path, found: int, wanted: int, bands: Any, text: str
+) -> None:
+    path = write_tiff(tmp_path / "x.tif", noise(found, 20, 30))
+    with pytest.raises(SceneError, match=text):
+        inspect_scene(source_of(path), wanted, InputConfig(bands=bands))
 
 
 def test_rgbi_that_claims_alpha_names_the_way_out(tmp_path: Path) -> None:
