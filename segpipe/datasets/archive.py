@@ -24,6 +24,7 @@ from segpipe.geometry.grid import Window
 from segpipe.geometry.resolution import choose_downsample
 from segpipe.rasters.georeference import footprint
 from segpipe.rasters.header import inspect_scene, open_source
+from segpipe.rasters.palette import has_palette
 from segpipe.rasters.reader import SceneReader, open_scene
 from segpipe.rasters.scene import SceneHeader, SceneSource
 from segpipe.rasters.validity import alpha_bands
@@ -227,6 +228,6 @@ class _OpenScene:
 
 
 def _num_bands(dataset: Any) -> int:
-    if dataset.count == 1 and dataset.colorinterp[0].name == "palette":
+    if has_palette(dataset):
         return 3
     return int(dataset.count) - len(alpha_bands(dataset))

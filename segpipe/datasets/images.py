@@ -20,9 +20,11 @@ from segpipe.rasters.chips import encode_tiff
 from segpipe.rasters.driver import Raster, open_raster_bytes
 from segpipe.rasters.header import check_limits
 from segpipe.rasters.labels import open_label
+from segpipe.rasters.palette import has_palette, palette_of
+from segpipe.rasters.reader import read_pixels
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.shards import read_member
-from segpipe.rasters.validity import ValidityRule, alpha_bands, find_rule, join_no_data, no_data_by_value
+from segpipe.rasters.validity import ValidityRule, alpha_bands, find_rule
 from segpipe.storage import open_object
 
 Array = np.ndarray[Any, Any]
@@ -43,7 +45,7 @@ class _Facts:
     bands: tuple[int, ...]
     rule: ValidityRule
     palette: Array | None
-    """uint8 (4, 256) red, green, blue, alpha; None = no palette."""
+    """What `palette_of` gives; None = no indexed image."""
     located: tuple[str | None, Transform | None]
     plain: bool
     """The encoded image has just these bands, so it can be passed through."""
@@ -105,19 +107,7 @@ def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:
         facts = raster.call("header", lambda dataset: _facts(dataset, where))
         stays = limits == STORED_LIMITS or _is_within(raster, where, STORED_LIMITS)
         window = Window(0, 0, facts.height, facts.width)
-        alpha = () if facts.rule.alpha is None else (facts.rule.alpha,)
-        shape = (len(facts.bands) + len(alpha), facts.height, facts.width)
-        together = np.empty(shape, facts.dtype)
-        raster.read((*facts.bands, *alpha), window, together)
-        mask = raster.read_mask(window) if facts.rule.mask else None
-    pixels = together[: len(facts.bands)]
-    no_data = no_data_by_value(pixels, facts.rule.nodata)
-    opacity = together[-1] if alpha else None
-    if facts.palette is not None:
-        opacity = facts.palette[3].take(pixels[0])
-        pixels = facts.palette[:3].take(pixels[0], axis=1)
-    for zeros in (opacity, mask):
-        no_data = no_data if zeros is None else join_no_data(no_data, zeros)
+        pixels, no_data = read_pixels(raster, window, facts.bands, facts.dtype, facts.rule, facts.palette)
     valid = None if no_data is None else ~no_data
     crs, transform = facts.located
     return DecodedImage(pixels, valid, _SUFFIXES[raster.driver], facts.plain and stays, crs, transform)
@@ -145,7 +135,7 @@ def _facts(dataset: Any, where: str) -> _Facts:
     dtypes = {str(dataset.dtypes[number - 1]) for number in bands}
     if len(dtypes) != 1 or not dtypes <= set(PIXEL_DTYPES):
         raise SceneError("dtype", f"its pixels are {' and '.join(sorted(dtypes))}", where, "Convert it.")
-    palette = _palette(dataset)
+    palette = palette_of(dataset) if has_palette(dataset) else None
     return _Facts(
         height=dataset.height,
         width=dataset.width,
@@ -164,13 +154,3 @@ def _is_within(raster: Raster, where: str, limits: LimitsConfig) -> bool:
     except SceneError:
         return False
     return True
-
-
-def _palette(dataset: Any) -> Array | None:
-    if dataset.count != 1 or dataset.colorinterp[0].name != "palette":
-        return None
-    colours = np.zeros((4, 256), np.uint8)
-    for index, colour in dataset.colormap(1).items():
-        if 0 <= index < 256:
-            colours[:, index] = colour
-    return colours

@@ -7,13 +7,14 @@ from datetime import datetime
 from typing import Any, Final
 
 import numpy as np
-from rasterio.enums import ColorInterp, Interleaving
+from rasterio.enums import Interleaving
 
 from segpipe.config.card import PIXEL_DTYPES
 from segpipe.config.model import InputConfig, LimitsConfig
 from segpipe.errors import SceneError
 from segpipe.rasters import georeference, shards
 from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_bytes
+from segpipe.rasters.palette import has_palette
 from segpipe.rasters.scene import SceneHeader, SceneSource
 from segpipe.rasters.validity import NAMED_RULES, ValidityRule, alpha_bands, find_rule
 from segpipe.wording import counted
@@ -111,7 +112,8 @@ def _header(
 ) -> SceneHeader:
     file_block = check_limits(dataset, raster.driver, source.where, config.limits)
     bands = _choose_bands(dataset, num_bands, config, source.where)
-    dtype = _dtype(dataset, bands, source.where)
+    colours = config.bands == "auto" and bands == _PALETTE_BANDS
+    dtype = "uint8" if colours else _dtype(dataset, bands, source.where)
     rule = find_rule_of(dataset, bands, source, config)
     crs, transform = georeference.of_dataset(dataset)
     if transform is None and source.member is None:
@@ -146,7 +148,7 @@ def _choose_bands(dataset: Any, num_bands: int, config: InputConfig, where: str)
             what = f"input.bands names band {max(chosen)}, the file has {count}"
             raise SceneError("bands", what, where, "Correct input.bands, or leave the scene out.")
         return chosen
-    if num_bands == 3 and _has_palette(dataset):
+    if num_bands == 3 and has_palette(dataset):
         return _PALETTE_BANDS
     alpha = alpha_bands(dataset)
     colour = [number for number in range(1, count + 1) if number not in alpha]
@@ -165,16 +167,10 @@ def _wanted(num_bands: int) -> str:
     return f"{num_bands} {'is' if num_bands == 1 else 'are'} wanted"
 
 
-def _has_palette(dataset: Any) -> bool:
-    return bool(
-        dataset.count == 1 and dataset.colorinterp[0] == ColorInterp.palette and dataset.dtypes[0] == "uint8"
-    )
-
-
 def _dtype(dataset: Any, bands: Sequence[int], where: str) -> str:
     names = {str(dataset.dtypes[number - 1]) for number in bands}
     bits = min(int(dataset.tags(number, ns="IMAGE_STRUCTURE").get("NBITS", "8")) for number in bands)
-    if bits < 8 and not (tuple(bands) == _PALETTE_BANDS and _has_palette(dataset)):
+    if bits < 8:
         names = {f"{bits}-bit"}
     if len(names) != 1 or not names <= set(PIXEL_DTYPES):
         what = f"its pixels are {' and '.join(sorted(names))}, not one of {', '.join(PIXEL_DTYPES)}"

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
-from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import MaskFlags
 
 from segpipe.config.card import IGNORE, ClassInfo
 from segpipe.config.model import InputConfig
@@ -19,6 +19,7 @@ from segpipe.pages import block_zeros
 from segpipe.rasters import shards
 from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_bytes
 from segpipe.rasters.header import check_limits
+from segpipe.rasters.palette import has_palette
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.validity import alpha_bands, can_equal
 
@@ -201,7 +202,7 @@ def _facts(dataset: Any) -> _Facts:
     alpha = next(iter(alpha_bands(dataset)), None)
     flags = set(dataset.mask_flag_enums[0])
     palette = None
-    if dataset.count == 1 and dataset.colorinterp[0] == ColorInterp.palette:
+    if has_palette(dataset):
         colours = dataset.colormap(1)
         top = max(colours, default=0)
         codes = [_NO_TRUTH] * (top + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from segpipe.geometry.grid import Window
 from segpipe.pages import block_zeros
 from segpipe.rasters.driver import Raster, faults_as
 from segpipe.rasters.header import find_rule_of, is_palette, open_sidecar, open_source, uses_sidecar
+from segpipe.rasters.palette import palette_of
 from segpipe.rasters.scene import CHANGED_FIX, SceneHeader, SceneSource
 from segpipe.rasters.validity import ValidityRule, join_no_data, no_data_by_value
 
@@ -36,7 +38,7 @@ def open_scene(source: SceneSource, header: SceneHeader, config: InputConfig) ->
         bands = header.bands
         if is_palette(header, config):
             bands = (1,)
-            palette = raster.call("header", _palette)
+            palette = raster.call("header", palette_of)
             if config.valid != "auto":
                 palette[3] = 255
         rule = raster.call("header", lambda dataset: find_rule_of(dataset, bands, source, config))
@@ -44,6 +46,38 @@ def open_scene(source: SceneSource, header: SceneHeader, config: InputConfig) ->
         if uses_sidecar(source, config):
             sidecar = stack.enter_context(open_sidecar(source, header.height, header.width, config.limits))
         return SceneReader(raster, header, rule, sidecar, palette, stack.pop_all())
+
+
+def read_pixels(
+    raster: Raster,
+    window: Window,
+    bands: Sequence[int],
+    dtype: str,
+    rule: ValidityRule,
+    palette: Array | None,
+) -> tuple[Array, Array | None]:
+    """Pixels (bands, height, width) of ``dtype``, and bool (height, width) true = no data by ``rule``.
+
+    None = all are data. With a ``palette`` (of `palette_of`) the pixels are its colours: uint8, three bands.
+    Raises `SceneError` ``decode``, ``scene_changed``, ``not_found``; storage faults as themselves.
+    """
+    if palette is not None:
+        bands, dtype = (1,), str(np.min_scalar_type(palette.shape[1] - 1))
+    # alpha in the same call: all bands in one pass over the file
+    numbers = tuple(bands) if rule.alpha is None else (*bands, rule.alpha)
+    together = block_zeros((len(numbers), window.height, window.width), dtype)
+    raster.read(numbers, window, together)
+    pixels = together[: len(bands)]
+    opacity = None if rule.alpha is None else together[-1]
+    no_data = no_data_by_value(pixels, rule.nodata)
+    if palette is not None:
+        opacity = palette[3].take(pixels[0])
+        pixels = palette[:3].take(pixels[0], axis=1)
+    if opacity is not None:
+        no_data = join_no_data(no_data, opacity)
+    if rule.mask:
+        no_data = join_no_data(no_data, raster.read_mask(window))
+    return pixels, no_data
 
 
 class SceneReader:
@@ -58,7 +92,7 @@ class SceneReader:
         palette: Array | None,
         opened: ExitStack,
     ) -> None:
-        """``palette``: uint8 (4, 256), red, green, blue, alpha of each index; None = no indexed image."""
+        """``palette``: what `palette_of` gives; None = no indexed image."""
         self._raster = raster
         self._header = header
         self._rule = rule
@@ -78,15 +112,9 @@ class SceneReader:
             0 <= window.col_off < window.col_stop <= header.width
         ):
             raise ValueError(f"{window} does not lie in {header.height} x {header.width} pixels")
-        pixels, alpha = self._read_bands(window)
-        no_data = no_data_by_value(pixels, self._rule.nodata)
-        if self._palette is not None:
-            alpha = self._palette[3].take(pixels[0])
-            pixels = self._palette[:3].take(pixels[0], axis=1)
-        if alpha is not None:
-            no_data = join_no_data(no_data, alpha)
-        if self._rule.mask:
-            no_data = join_no_data(no_data, self._raster.read_mask(window))
+        pixels, no_data = read_pixels(
+            self._raster, window, header.bands, header.dtype, self._rule, self._palette
+        )
         if self._sidecar is not None:
             no_data = join_no_data(no_data, self._read_sidecar(self._sidecar, window))
         return pixels, None if no_data is None else np.logical_not(no_data, out=no_data)
@@ -103,27 +131,9 @@ class SceneReader:
     ) -> None:
         self.close()
 
-    def _read_bands(self, window: Window) -> tuple[Array, Array | None]:
-        """The chosen bands, and the alpha band where the rule wants it, in one pass over the file."""
-        bands = self._header.bands if self._palette is None else (1,)
-        alpha = () if self._rule.alpha is None else (self._rule.alpha,)
-        shape = (len(bands) + len(alpha), window.height, window.width)
-        together = block_zeros(shape, self._header.dtype)
-        self._raster.read((*bands, *alpha), window, together)
-        return together[: len(bands)], together[-1] if alpha else None
-
     @staticmethod
     def _read_sidecar(sidecar: Raster, window: Window) -> Array:
         mask = block_zeros((1, window.height, window.width), np.uint8)
         with faults_as("valid_mask"):
             sidecar.read((1,), window, mask)
         return mask[0]
-
-
-def _palette(dataset: Any) -> Array:
-    """uint8 (4, 256): the colour map's red, green, blue, alpha; black and no data past its end."""
-    colours = np.zeros((4, 256), np.uint8)
-    for index, colour in dataset.colormap(1).items():
-        if 0 <= index < 256:
-            colours[:, index] = colour
-    return colours

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from layouts import config_of, pixels_of, prepared, rows_of, save
+from rasters import write_tiff
 
 from segpipe.config.card import ClassInfo
 from segpipe.datasets.cityscapes import NUM_IDS, TRAIN_CLASSES, label_map
@@ -136,6 +137,19 @@ def test_folder_colours_and_palettes_are_read_alike(tmp_path: Path) -> None:
     )
     for row in rows_of(tmp_path / "out").values():
         assert np.array_equal(decode_mask(row["label"]), truth)
+
+
+def test_images_with_a_palette_of_16_bits_become_their_colours(tmp_path: Path) -> None:
+    indices = np.array([[[0, 300, 300], [65535, 0, 7]]], np.uint16)
+    colours = {0: (1, 2, 3, 255), 7: (4, 5, 6, 255), 300: (200, 10, 10, 255), 65535: (9, 9, 9, 255)}
+    (tmp_path / "in").mkdir()
+    write_tiff(tmp_path / "in/a.tif", indices, colormap=colours)
+    save(tmp_path / "in/a_label.png", np.ones((2, 3), np.uint8))
+    source = tmp_path / "in/*.tif"
+    prepared("folder", source, tmp_path / "out", labels="{parent}/{stem}_label.png", classes=TWO)
+    (row,) = rows_of(tmp_path / "out").values()
+    shown = [[colours[int(index)][:3] for index in line] for line in indices[0]]
+    assert pixels_of(row["image"]).tolist() == [[list(colour) for colour in line] for line in shown]
 
 
 def test_transparent_pixels_are_ignored_and_stay_transparent(tmp_path: Path) -> None:

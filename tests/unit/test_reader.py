@@ -216,6 +216,18 @@ def test_a_palette_image_becomes_rgb_for_a_model_of_three_bands(tmp_path: Path) 
     assert valid is None or not valid.all()
 
 
+def test_a_palette_of_16_bits_becomes_rgb_too(tmp_path: Path) -> None:
+    indices = np.arange(240, dtype=np.uint16).reshape(1, 12, 20) * 270
+    colours = {int(index): (int(index) % 251, int(index) >> 8, 7, 255) for index in indices.flat}
+    path = write_tiff(tmp_path / "x.tif", indices, colormap=colours)
+    header, read, valid = read_scene(path, 3)
+    table = np.array([colours[int(index)][:3] for index in indices.flat], np.uint8)
+    np.testing.assert_array_equal(read, table.reshape(12, 20, 3).transpose(2, 0, 1))
+    assert (header.dtype, read.dtype) == ("uint8", np.uint8)
+    assert valid is None
+    np.testing.assert_array_equal(read_scene(path, 1)[1], indices)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint32", "int32", "complex64", "complex128", "int64"])
 def test_other_pixel_types_are_errors_of_kind_dtype(tmp_path: Path, dtype: str) -> None:
     path = write_tiff(tmp_path / "x.tif", noise(1, 20, 30, dtype))
