@@ -81,8 +81,8 @@ def _class_of(properties: dict[str, Any], config: PrepareConfig, where: str) -> 
         return 1
     if name not in properties:
         there = ", ".join(map(repr, properties)) or "none"
-        fix = f"Correct archive.class_property; its properties: {there}."
-        raise SceneError("label_value", f"an area has no property {name!r}", where, fix)
+        what = f"an area has no property {name!r}; its properties: {there}"
+        raise SceneError("label_value", what, where, "Correct archive.class_property.")
     value = str(properties[name])
     if value not in config.label_map:
         what = f"the property {name} is {value!r}, which no class maps"

@@ -11,6 +11,7 @@ from segpipe.datasets.plan import ShardPlan
 from segpipe.datasets.shards import ShardMeta, encode_shard, read_meta
 from segpipe.datasets.statistics import Sums
 from segpipe.errors import InputError, SceneError
+from segpipe.rasters.scene_ids import scene_id_of
 from segpipe.storage import Storage, open_storage
 from segpipe.wording import counted
 
@@ -26,12 +27,20 @@ class ShardTask:
 
 
 @dataclass(frozen=True, slots=True)
+class Fault:
+    """A sample or scene that cannot be used: what is wrong with it, and what to do, apart."""
+
+    text: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
 class ShardResult:
     """How a shard ended: with its meta, or with the faults of its samples, and then it was not written."""
 
     number: int
     meta: ShardMeta | None
-    faults: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
     skipped: bool = False
 
 
@@ -40,14 +49,14 @@ def make_shard(task: ShardTask) -> ShardResult:
     storage, shard = open_storage(task.output), task.shard
     if storage.stat(shard.key) is not None:
         return ShardResult(shard.number, _adopted(storage, shard), skipped=True)
-    sums, rows, faults = Sums(), list[tuple[SampleRef, Sample]](), list[str]()
+    sums, rows, faults = Sums(), list[tuple[SampleRef, Sample]](), list[Fault]()
     kinds: list[tuple[str, str, int]] = []
     with task.layout.reading() as read:
         for ref in shard.refs:
             try:
                 sample = read(ref)
             except SceneError as error:
-                faults.append(f"{ref.sample_id} ({error.kind}): {error}")
+                faults.append(fault_of(ref, error))
                 continue
             if sample is None:
                 sums.dropped += 1
@@ -66,6 +75,14 @@ def make_shard(task: ShardTask) -> ShardResult:
     return ShardResult(shard.number, meta)
 
 
+def fault_of(ref: SampleRef, error: SceneError) -> Fault:
+    """The fault of one sample; its place is named where it does not follow from the sample's id."""
+    scene = ref.scene
+    follows = error.where == scene.where and scene_id_of(error.where).endswith(scene.scene_id)
+    place = "" if follows or not error.where else f" ({error.where})"
+    return Fault(f"{ref.sample_id} ({error.kind}): {error.what}{place}", error.fix)
+
+
 def _adopted(storage: Storage, shard: ShardPlan) -> ShardMeta:
     meta = read_meta(storage, shard.key)
     if meta.content_key != shard.content_key:
@@ -82,14 +99,14 @@ def image_kind(bands: int, dtype: str) -> str:
     return f"{counted(bands, 'band')} of {dtype}"
 
 
-def of_another_kind(images: Sequence[tuple[str, str, int]]) -> list[str]:
+def of_another_kind(images: Sequence[tuple[str, str, int]]) -> list[Fault]:
     """A fault for each (sample id, kind, number of images) whose kind is not that of most images."""
     counts = Counter[str]()
     for _, kind, number in images:
         counts[kind] += number
     usual = max(counts, key=counts.__getitem__, default="")
     return [
-        f"{sample_id} (bands): {kind}, most others have {usual}. Convert the images to one kind."
+        Fault(f"{sample_id} (bands): {kind}, most others have {usual}", "Convert the images to one kind.")
         for sample_id, kind, _ in images
         if kind != usual
     ]

@@ -14,7 +14,7 @@ from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef
 from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
 from segpipe.datasets.shards import ShardMeta
-from segpipe.datasets.write import ShardTask, image_kind, make_shard, of_another_kind
+from segpipe.datasets.write import Fault, ShardTask, fault_of, image_kind, make_shard, of_another_kind
 from segpipe.errors import ConfigError, InputError, SceneError
 from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser
 from segpipe.masks.run import RUN_KEY
@@ -157,20 +157,20 @@ def _samples(layout: Layout, executor: Executor, where: str) -> Iterator[SampleR
     scenes = list(layout.listing())
     chunks = [scenes[i : i + _SCENES_PER_TASK] for i in range(0, len(scenes), _SCENES_PER_TASK)]
 
-    def expand(chunk: Sequence[SampleRef]) -> tuple[list[SampleRef], list[str]]:
-        refs, faults = list[SampleRef](), list[str]()
+    def expand(chunk: Sequence[SampleRef]) -> tuple[list[SampleRef], list[Fault]]:
+        refs, faults = list[SampleRef](), list[Fault]()
         for scene in chunk:
             try:
                 refs += layout.expand(scene)
             except SceneError as error:
-                faults.append(f"{scene.sample_id} ({error.kind}): {error}")
+                faults.append(fault_of(scene, error))
         return refs, faults
 
-    faulty: list[str] = []
+    faulty: list[Fault] = []
     for refs, faults in executor.map_ordered(expand, chunks):
         faulty += faults
         yield from refs
-    _refuse(faulty, "scene", where, "Repair them, or leave them out.")
+    _refuse(faulty, "scene", where, "Then run the same command again.")
 
 
 def _look_at_output(storage: Storage, shards: Sequence[ShardPlan]) -> dict[str, Any] | None:
@@ -206,7 +206,7 @@ def _make_shards(
     first_ids = {shard.number: shard.refs[0].sample_id for shard in shards}
     metas: list[ShardMeta] = []
     kinds: list[tuple[str, str, int]] = []
-    faults: list[str] = []
+    faults: list[Fault] = []
     written, said_s = 0, time.monotonic()
     for done, result in enumerate(executor.map_ordered(make_shard, tasks), start=1):
         faults += result.faults
@@ -221,13 +221,18 @@ def _make_shards(
             events.message(f"{done} of {len(shards)} shards")
     faults += of_another_kind(kinds)
     fix = (
-        "Repair them, and the same command goes on. If you leave some out instead, remove the shards in "
-        f"{config.output} first: they are cut anew."
+        "After repairs the same command goes on; if you leave samples out or change the config instead, "
+        f"remove the shards in {config.output} first: they are cut anew."
     )
     _refuse(faults, "sample", ", ".join(config.sources), fix)
     return metas, written
 
 
-def _refuse(faults: Sequence[str], noun: str, where: str, fix: str) -> None:
-    if faults:
-        raise InputError(f"{counted(len(faults), noun)} cannot be used: {few(faults)}", where, fix)
+def _refuse(faults: Sequence[Fault], noun: str, where: str, fix: str) -> None:
+    """Name the first faults, with their own advice where all have the same."""
+    if not faults:
+        return
+    advice = {fault.fix for fault in faults}
+    own = advice.pop() if len(advice) == 1 else "Repair them, or leave them out."
+    named = few([fault.text for fault in faults], separator="; ")
+    raise InputError(f"{counted(len(faults), noun)} cannot be used: {named}", where, f"{own} {fix}")

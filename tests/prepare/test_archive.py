@@ -115,7 +115,7 @@ def test_a_property_that_no_area_has_is_named_with_those_there_are(tmp_path: Pat
     write_scene(tmp_path, "a", np.zeros((3, 40, 40), np.uint8), None)
     write_areas(tmp_path / "labels/a.geojson", [box(0, -9, 9, 0)], "EPSG:32633", kind="shed")
     options = {**SMALL, "labels": AREAS, "archive": {"chip_px": 64, "class_property": "knd"}}
-    with pytest.raises(InputError, match=r"no property 'knd'. .*its properties: 'kind'"):
+    with pytest.raises(InputError, match=r"no property 'knd'; its properties: 'kind' \(.*Correct archive"):
         prepared("archive", tmp_path / "scenes", tmp_path / "out", label_map={"shed": 1}, **options)
 
 

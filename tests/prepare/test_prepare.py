@@ -215,6 +215,10 @@ def test_faulty_samples_are_all_named_and_a_repair_goes_on(tmp_path: Path) -> No
     assert "train/im2 (label_value)" in text
     assert "77" in text
     assert "train/im3 (label_size)" in text
+    label = tmp_path / "in/trainannot/im2.png"
+    assert f"train/im2 (label_value): the label holds values that no class maps: 77 ({label}); " in text
+    assert text.count(". ") == 2
+    assert text.count("Repair") == 1
     assert not (tmp_path / "out/dataset.json").exists()
     (tmp_path / "in/train/im0.png").write_bytes(good)
     for number in (2, 3):
