@@ -36,11 +36,12 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """How a shard ended: with its meta, or with the faults of its samples, and then it was not written."""
+    """How a shard ended: with its meta, or not written, for its samples have faults or are of two kinds."""
 
-    number: int
     meta: ShardMeta | None
     faults: tuple[Fault, ...] = ()
+    kinds: tuple[tuple[str, str, int], ...] = ()
+    """(sample id, `image_kind`, number of images): of all, or of each image where the shard is not made."""
     skipped: bool = False
 
 
@@ -48,7 +49,7 @@ def make_shard(task: ShardTask) -> ShardResult:
     """Make one shard, unless it is there. Raises `InputError` where another shard has its name."""
     storage, shard = open_storage(task.output), task.shard
     if storage.stat(shard.key) is not None:
-        return ShardResult(shard.number, _adopted(storage, shard), skipped=True)
+        return _made(shard, _adopted(storage, shard), skipped=True)
     sums, rows, faults = Sums(), list[tuple[SampleRef, Sample]](), list[Fault]()
     kinds: list[tuple[str, str, int]] = []
     with task.layout.reading() as read:
@@ -65,14 +66,18 @@ def make_shard(task: ShardTask) -> ShardResult:
             if kinds[-1][1] == kinds[0][1]:
                 sums.add(sample, len(task.layout.classes))
             rows.append((ref, _without_pixels(sample)))
-    faults += of_another_kind(kinds)
-    if faults:
-        return ShardResult(shard.number, None, tuple(faults))
+    if faults or len({kind for _, kind, _ in kinds}) > 1:
+        return ShardResult(None, tuple(faults), tuple(kinds))
     bands, dtype = (rows[0][1].pixels.shape[0], str(rows[0][1].pixels.dtype)) if rows else (0, "")
     meta = ShardMeta(shard.content_key, bands, dtype, sums)
     if not storage.put_if_absent(shard.key, encode_shard(task.form, rows, meta, task.layout.classes)):
-        return ShardResult(shard.number, _adopted(storage, shard), skipped=True)
-    return ShardResult(shard.number, meta)
+        return _made(shard, _adopted(storage, shard), skipped=True)
+    return _made(shard, meta, skipped=False)
+
+
+def _made(shard: ShardPlan, meta: ShardMeta, *, skipped: bool) -> ShardResult:
+    kind = (shard.refs[0].sample_id, image_kind(meta.bands, meta.dtype), meta.sums.samples)
+    return ShardResult(meta, kinds=(kind,) if meta.sums.samples else (), skipped=skipped)
 
 
 def fault_of(ref: SampleRef, error: SceneError) -> Fault:

@@ -14,7 +14,7 @@ from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef
 from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
 from segpipe.datasets.shards import ShardMeta
-from segpipe.datasets.write import Fault, ShardTask, fault_of, image_kind, make_shard, of_another_kind
+from segpipe.datasets.write import Fault, ShardTask, fault_of, make_shard, of_another_kind
 from segpipe.errors import ConfigError, InputError, SceneError
 from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser
 from segpipe.masks.run import RUN_KEY
@@ -203,18 +203,15 @@ def _make_shards(
     """The meta of every shard in order, and how many were written now."""
     assert config.output is not None
     tasks = [ShardTask(shard, layout, config.output, config.format) for shard in shards]
-    first_ids = {shard.number: shard.refs[0].sample_id for shard in shards}
     metas: list[ShardMeta] = []
     kinds: list[tuple[str, str, int]] = []
     faults: list[Fault] = []
     written, said_s = 0, time.monotonic()
     for done, result in enumerate(executor.map_ordered(make_shard, tasks), start=1):
         faults += result.faults
-        if (meta := result.meta) is not None:
-            metas.append(meta)
-            if meta.sums.samples:
-                kind = image_kind(meta.bands, meta.dtype)
-                kinds.append((first_ids[result.number], kind, meta.sums.samples))
+        kinds += result.kinds
+        if result.meta is not None:
+            metas.append(result.meta)
             written += not result.skipped
         if time.monotonic() - said_s > _MESSAGE_EVERY_S and done < len(shards):
             said_s = time.monotonic()

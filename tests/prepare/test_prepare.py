@@ -261,7 +261,7 @@ def test_image_shards_become_a_data_set_as_the_files_they_hold_do(tmp_path: Path
     assert tree["class_px"] == first["class_px"]
 
 
-@pytest.mark.parametrize("shard_samples", [1, 100])
+@pytest.mark.parametrize("shard_samples", [1, 2, 100])
 @pytest.mark.parametrize("odd", ["im0", "im3"])
 def test_an_image_of_another_kind_is_the_one_that_is_named(
     tmp_path: Path, odd: str, shard_samples: int
