@@ -19,10 +19,11 @@ from segpipe.datasets.images import DecodedImage, decode_image, read_encoded, wh
 from segpipe.datasets.layout import Layout, ReadsAlone, Sample, SampleRef, refuse_missing
 from segpipe.datasets.tree import Tree, list_tree
 from segpipe.datasets.voc import voc_colour
-from segpipe.errors import InputError, ObjectChanged, ObjectMissing, SceneError
+from segpipe.errors import InputError, SceneError
+from segpipe.rasters.driver import faults_as, read_object
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_ids import scene_id_of
-from segpipe.storage import join_uri, open_object
+from segpipe.storage import join_uri
 
 Array = np.ndarray[Any, Any]
 
@@ -151,12 +152,8 @@ class CocoLayout(ReadsAlone):
         """Segment ids are R + 256 G + 65536 B; 0 is no segment (the panoptic format's definition)."""
         if scene.label_uri is None or scene.label_version is None:
             raise ValueError("no panoptic PNG")
-        storage, key = open_object(scene.label_uri)
-        try:
-            data = storage.read_range(key, 0, scene.label_version.size_bytes, scene.label_version.etag)
-        except (ObjectChanged, ObjectMissing) as error:
-            fix = "Run the same command again."
-            raise SceneError("scene_changed", "the label changed or is gone", scene.label_uri, fix) from error
+        with faults_as("label_read"):
+            data = read_object(scene.label_uri, scene.label_version)
         shown = decode_image(data, scene.label_uri, self._config.limits).pixels
         if shown.shape[1:] != image.pixels.shape[1:] or len(shown) != 3:
             what = f"the panoptic PNG has the shape {shown.shape}, the image {image.pixels.shape}"

@@ -12,12 +12,12 @@ from PIL import Image
 from segpipe.config.card import IGNORE, PIXEL_DTYPES, ClassInfo
 from segpipe.config.model import InputConfig, LimitsConfig
 from segpipe.datasets.layout import Sample, SampleRef
-from segpipe.errors import ObjectChanged, ObjectMissing, SceneError
+from segpipe.errors import SceneError
 from segpipe.geometry.georef import Transform
 from segpipe.geometry.grid import Window
 from segpipe.rasters import georeference
 from segpipe.rasters.chips import encode_tiff
-from segpipe.rasters.driver import Raster, open_raster_bytes
+from segpipe.rasters.driver import Raster, open_raster_bytes, read_object
 from segpipe.rasters.header import check_limits
 from segpipe.rasters.labels import open_label
 from segpipe.rasters.palette import has_palette, palette_of
@@ -25,7 +25,6 @@ from segpipe.rasters.reader import read_pixels
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.shards import read_member
 from segpipe.rasters.validity import ValidityRule, alpha_bands, find_rule
-from segpipe.storage import open_object
 
 Array = np.ndarray[Any, Any]
 
@@ -90,14 +89,7 @@ def read_encoded(scene: SceneSource) -> bytes:
     """The bytes of a scene's file or shard member, in the listed version. Raises `SceneError`."""
     if scene.member is not None:
         return read_member(scene)
-    storage, key = open_object(scene.uri)
-    try:
-        return storage.read_range(key, 0, scene.version.size_bytes, scene.version.etag)
-    except ObjectChanged:
-        fix = "Run the same command again."
-        raise SceneError("scene_changed", "it changed since it was listed", scene.uri, fix) from None
-    except ObjectMissing:
-        raise SceneError("not_found", "it is gone", scene.uri, "Put it back, or leave it out.") from None
+    return read_object(scene.uri, scene.version)
 
 
 def decode_image(data: bytes, where: str, limits: LimitsConfig) -> DecodedImage:

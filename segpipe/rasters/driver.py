@@ -200,6 +200,18 @@ def open_raster_bytes(data: bytes, where: str) -> Raster:
     return Raster(lambda: _open_memory(data, driver), driver, where, _nothing_to_check)
 
 
+def read_object(uri: str, version: Version) -> bytes:
+    """A whole object in the given version.
+
+    Raises `SceneError` ``scene_changed``, ``not_found``; storage faults as themselves.
+    """
+    storage, key = open_object(uri)
+    try:
+        return storage.read_range(key, 0, version.size_bytes, version.etag)
+    except (ObjectChanged, ObjectMissing) as error:
+        raise _as_scene_error(error, uri) from None
+
+
 @contextmanager
 def faults_as(kind: str) -> Iterator[None]:
     """Give scene errors of the calls inside this ``kind``: the raster is a label or a mask, not the scene."""
@@ -246,7 +258,7 @@ def _driver_or_raise(head: bytes, where: str) -> str:
 def _check_version(storage: Storage, key: str, uri: str, version: Version | None) -> None:
     info = storage.stat(key)
     if info is None:
-        raise SceneError("not_found", "the file is gone", uri, "Restore it, or take it out of the input.")
+        raise _gone(uri)
     if version is not None and Version(info.size_bytes, info.etag) != version:
         raise _changed(uri)
 
@@ -261,12 +273,15 @@ def _changed(where: str) -> SceneError:
     )
 
 
+def _gone(where: str) -> SceneError:
+    return SceneError("not_found", "the file is gone", where, "Restore it, or take it out of the input.")
+
+
 def _as_scene_error(fault: BaseException, where: str) -> BaseException:
     if isinstance(fault, ObjectChanged):
         return _changed(where)
     if isinstance(fault, ObjectMissing):
-        fix = "Restore it, or take it out of the input."
-        return SceneError("not_found", "the file is gone", where, fix)
+        return _gone(where)
     if isinstance(fault, EOFError):
         return SceneError("decode", "the file ends inside its pixels", where, "Repair the file.")
     return fault

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-CHANGED_FIX: Final = "Run the same command again: it plans the new version as a changed scene."
+CHANGED_FIX: Final = "Run the same command again: it takes the new version."
 """What to do about a scene or shard that is not the planned version."""
 
 

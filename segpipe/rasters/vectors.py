@@ -26,11 +26,11 @@ from rasterio.features import rasterize
 from rasterio.transform import Affine
 from rasterio.warp import transform_geom
 
-from segpipe.errors import InputError, ObjectChanged, ObjectMissing, SceneError
+from segpipe.errors import InputError, SceneError
 from segpipe.geometry import georef
 from segpipe.geometry.georef import Bbox, Transform
 from segpipe.geometry.grid import Window
-from segpipe.rasters.driver import GDAL_ERRORS, gdal_environment
+from segpipe.rasters.driver import GDAL_ERRORS, faults_as, gdal_environment, read_object
 from segpipe.rasters.georeference import on_some_map
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import has_suffix
@@ -81,11 +81,13 @@ def read_areas(uri: str, version: Version, crs: str) -> tuple[Area, ...]:
     Raises `SceneError` ``label_read`` for another geometry than polygons and for what cannot be read,
     ``scene_changed``; storage faults as themselves.
     """
+    with faults_as("label_read"):
+        data = read_object(uri, version)
     if has_suffix(uri, GEOJSON_SUFFIXES):
-        tree = _parse(uri, version)
+        tree = _parse(data, uri)
         features, named = tree["features"], _named_crs(tree)
     else:
-        features, named = _read_features(uri, version)
+        features, named = _read_features(data, uri)
     source, target = _system(named, uri), _system(crs, uri)
     kept = [item for item in features if item.get("geometry")]
     for item in kept:
@@ -145,9 +147,9 @@ def overlaps(one: Bbox, other: Bbox) -> bool:
     return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
 
 
-def _parse(uri: str, version: Version) -> dict[str, Any]:
+def _parse(data: bytes, uri: str) -> dict[str, Any]:
     try:
-        tree = json.loads(_read_object(uri, version))
+        tree = json.loads(data)
     except ValueError as error:
         raise _unreadable(f"it is no JSON ({error})", uri) from None
     if isinstance(tree, dict) and tree.get("type") == "Feature":
@@ -158,22 +160,10 @@ def _parse(uri: str, version: Version) -> dict[str, Any]:
     return tree
 
 
-def _read_object(uri: str, version: Version) -> bytes:
-    storage, key = open_object(uri)
-    try:
-        return storage.read_range(key, 0, version.size_bytes, version.etag)
-    except ObjectChanged:
-        fix = "Run the same command again."
-        raise SceneError("scene_changed", "it changed since it was listed", uri, fix) from None
-    except ObjectMissing:
-        raise _unreadable("it is gone", uri) from None
-
-
-def _read_features(uri: str, version: Version) -> tuple[list[dict[str, Any]], str]:
+def _read_features(data: bytes, uri: str) -> tuple[list[dict[str, Any]], str]:
     """The only layer of a file of `DRIVERS` as GeoJSON features, and its system."""
     check_vector_support(uri)
     suffix = next(suffix for suffix in DRIVERS if has_suffix(uri, (suffix,)))
-    data = _read_object(uri, version)
     if not _has_content_of(suffix, data):
         raise _unreadable(f"its content is no {DRIVERS[suffix]}", uri)
     with TemporaryDirectory(prefix="segpipe-") as folder:
