@@ -33,8 +33,6 @@ _SPLITS: Final = ("train", "val", "test")
 class CamvidLayout(ReadsAlone):
     """Pairs listed in text files; the paths in them may begin with folders that are not there any more."""
 
-    expands = False
-
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
         self.classes = tuple(ClassInfo(name=name, color=color) for name, color in _CLASSES)
@@ -51,10 +49,6 @@ class CamvidLayout(ReadsAlone):
                 )
             for split in found:
                 yield from self._pairs(tree, split)
-
-    def expand(self, ref: SampleRef) -> list[SampleRef]:
-        """The sample itself."""
-        return [ref]
 
     def read(self, ref: SampleRef) -> Sample:
         """Void (11) becomes 255."""

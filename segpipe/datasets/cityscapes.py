@@ -50,8 +50,6 @@ def label_map() -> dict[str, int]:
 class CityscapesLayout(ReadsAlone):
     """The splits train and val; the labels of test are not public."""
 
-    expands = False
-
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
         self.classes = tuple(ClassInfo(name=name, color=color) for _, name, color in TRAIN_CLASSES)
@@ -72,10 +70,6 @@ class CityscapesLayout(ReadsAlone):
                     f"there is no leftImg8bit/train/*/*{_IMAGE} (nor val)", root, "Name the root folder."
                 )
             yield from self._samples(tree, found)
-
-    def expand(self, ref: SampleRef) -> list[SampleRef]:
-        """The sample itself."""
-        return [ref]
 
     def read(self, ref: SampleRef) -> Sample:
         """Label ids become train ids."""

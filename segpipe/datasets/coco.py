@@ -49,8 +49,6 @@ class CocoLayout(ReadsAlone):
     Where instances overlap the smaller one is on top; crowds lie below all others.
     """
 
-    expands = False
-
     def __init__(self, config: PrepareConfig, tree: Tree) -> None:
         self._config = config
         self._tree = tree
@@ -74,10 +72,6 @@ class CocoLayout(ReadsAlone):
             for item in tree["annotations"]:
                 regions[item["image_id"]].append(item)
             yield from self._samples(split, key, tree["images"], regions)
-
-    def expand(self, ref: SampleRef) -> list[SampleRef]:
-        """The sample itself."""
-        return [ref]
 
     def read(self, ref: SampleRef) -> Sample:
         """Paint the label; a grey image becomes RGB, as a few of COCO's photographs are grey."""

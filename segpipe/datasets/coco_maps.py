@@ -92,8 +92,6 @@ def as_colour(image: DecodedImage) -> DecodedImage:
 class CocoMapsLayout(ReadsAlone):
     """A folder of maps a split; each has the name of its photograph, which lies anywhere below the root."""
 
-    expands = False
-
     def __init__(self, config: PrepareConfig, tree: Tree, folders: dict[str, str]) -> None:
         self._config = config
         self._tree: Tree | None = tree
@@ -139,10 +137,6 @@ class CocoMapsLayout(ReadsAlone):
         refuse_missing(no_image, "image", tree.root)
         refuse_missing(no_map, "map", tree.root)
         yield from refs
-
-    def expand(self, ref: SampleRef) -> list[SampleRef]:
-        """The sample itself."""
-        return [ref]
 
     def read(self, ref: SampleRef) -> Sample:
         """Pixels that are not labelled become 255. Raises `SceneError`, also for a value of no category."""

@@ -16,8 +16,6 @@ from segpipe.rasters.scene import SceneSource
 class FolderLayout(ReadsAlone):
     """Labels hold ids or colours, palette and RGB mixed. Splits by globs or by a hash of the id."""
 
-    expands = False
-
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
         self.classes = config.classes
@@ -31,10 +29,6 @@ class FolderLayout(ReadsAlone):
             if scene.member is not None and scene.length is None:
                 size_bytes //= max(1, scene.shard_members or 1)
             yield SampleRef(scene.scene_id, split, scene, size_bytes)
-
-    def expand(self, ref: SampleRef) -> list[SampleRef]:
-        """The sample itself."""
-        return [ref]
 
     def read(self, ref: SampleRef) -> Sample:
         """Values or colours become classes by ``label_map``, else by the classes themselves."""

@@ -87,7 +87,13 @@ class _Reads(Protocol):
 
 
 class ReadsAlone:
-    """A layout whose samples share no file: nothing is kept open between them."""
+    """A layout that lists its samples one by one. They share no file: nothing is kept open between them."""
+
+    expands = False
+
+    def expand(self, ref: SampleRef) -> list[SampleRef]:
+        """The sample itself."""
+        return [ref]
 
     def reading(self: _Reads) -> AbstractContextManager[Callable[[SampleRef], Sample | None]]:
         """See `Layout`."""

@@ -54,8 +54,6 @@ def voc_colour(index: int) -> tuple[int, int, int]:
 class VocLayout(ReadsAlone):
     """One or more years below the root. trainval is train and val; the labels of test are not public."""
 
-    expands = False
-
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
         self.classes = tuple(
@@ -78,10 +76,6 @@ class VocLayout(ReadsAlone):
                 )
             for folder, split in lists:
                 yield from self._samples(tree, folder, split)
-
-    def expand(self, ref: SampleRef) -> list[SampleRef]:
-        """The sample itself."""
-        return [ref]
 
     def read(self, ref: SampleRef) -> Sample:
         """Indices of the palette are the classes; 255 (the border) is ignored."""
