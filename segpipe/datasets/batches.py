@@ -23,6 +23,7 @@ from segpipe.datasets.order import LaneBatch, SampleOrder, lanes_of
 from segpipe.datasets.prepared import GroupRef, PreparedDataset
 from segpipe.errors import InputError, SceneError
 from segpipe.masks.codec import DamagedMask, decode_mask
+from segpipe.wording import counted
 
 Array = np.ndarray[Any, Any]
 
@@ -189,7 +190,7 @@ def decode_sample(sample: EncodedSample, dataset: PreparedDataset, where: str) -
         raise InputError(f"the label cannot be decoded ({error.what})", where, fix) from error
     pixels = image.pixels
     if len(pixels) != dataset.bands:
-        raise InputError(f"the image has {len(pixels)} bands, not {dataset.bands}", where, fix)
+        raise InputError(f"the image has {counted(len(pixels), 'band')}, not {dataset.bands}", where, fix)
     if label.shape != pixels.shape[1:]:
         raise InputError(f"the label is {label.shape}, the image {pixels.shape[1:]}", where, fix)
     used = np.flatnonzero(np.bincount(label.ravel(), minlength=256)[:IGNORE])

@@ -24,6 +24,7 @@ from segpipe.rasters.driver import faults_as, read_object
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_ids import scene_id_of
 from segpipe.storage import join_uri
+from segpipe.wording import few
 
 Array = np.ndarray[Any, Any]
 
@@ -196,7 +197,7 @@ class _Finder:
         found = [key for key in self._by_name[posixpath.basename(name)] if key.endswith(f"/{name}")]
         if len(found) > 1:
             raise InputError(
-                f"{name} lies in several folders: {', '.join(sorted(found)[:3])}",
+                f"{name} lies in several folders: {few(sorted(found))}",
                 self._tree.root,
                 "Write the folder into the annotations, or name a smaller root.",
             )

@@ -16,6 +16,7 @@ from segpipe.datasets.prepared import GroupRef, PreparedDataset
 from segpipe.datasets.shards import ROW_GROUP_SAMPLES
 from segpipe.errors import InputError, ObjectMissing, first_line
 from segpipe.storage import open_storage
+from segpipe.wording import counted
 
 _COLUMNS: Final = ["sample_id", "image", "label"]
 _KEPT_FOOTERS: Final = 64
@@ -113,7 +114,7 @@ class GroupReader:
                 count, shard = footer.num_rows, _Shard(info.etag, info.size_bytes, footer=footer)
         if count != self._samples[key]:
             raise self._wrong_count(
-                key, f"it holds {count} samples where dataset.json says {self._samples[key]}"
+                key, f"it holds {counted(count, 'sample')} where dataset.json says {self._samples[key]}"
             )
         return shard
 

@@ -14,7 +14,7 @@ from segpipe.errors import InputError
 from segpipe.geometry.georef import Transform
 from segpipe.geometry.grid import Window
 from segpipe.rasters.scene import SceneSource
-from segpipe.wording import few
+from segpipe.wording import counted, few
 
 Array = np.ndarray[Any, Any]
 
@@ -104,7 +104,7 @@ def refuse_missing(missing: Sequence[str], what: str, where: str) -> None:
     """Raise `InputError` with the first few names where something is missing."""
     if missing:
         raise InputError(
-            f"{len(missing)} of the listed samples have no {what}: {few(missing)}",
+            f"no {what} for {counted(len(missing), 'listed sample')}: {few(missing)}",
             where,
             "Complete the data, or take them off the list.",
         )

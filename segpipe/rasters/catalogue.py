@@ -37,12 +37,12 @@ from segpipe.rasters.spool import Draft, Spool
 from segpipe.rasters.templates import PathTemplate, parse_template, resolve_uri
 from segpipe.rasters.versions import pin_versions
 from segpipe.storage import ObjectInfo, join_uri, open_storage
+from segpipe.wording import counted, few
 
 MASK_SUFFIX: Final = ".msk"
 """``NAME.tif.msk`` is the validity mask of ``NAME.tif``."""
 
 _THREADS: Final = 16
-_SHOWN: Final = 5
 
 
 def list_scenes(config: InputConfig, output: str | None, *, need_labels: bool) -> SceneList:
@@ -194,7 +194,7 @@ class _Builder:
 
     def _note(self, count: int, why: str) -> None:
         if count:
-            self.notes.append(f"left out {count} file{'s' if count != 1 else ''} {why}")
+            self.notes.append(f"left out {counted(count, 'file')} {why}")
 
     def _refuse_none_left(self, why: str) -> None:
         if not self.spool.count():
@@ -246,18 +246,16 @@ class _Builder:
     def _pin_labels(self) -> None:
         missing = pin_versions(self.spool, "label", self.seen)
         if missing.count:
-            what = (
-                f"no label for {missing.count} of {self.spool.count()} scenes: {missing.text(with_ids=True)}"
-            )
+            of = counted(self.spool.count(), "scene")
+            what = f"no label for {missing.count} of {of}: {missing.text(with_ids=True)}"
             fix = "Correct the template, or give a catalogue whose label is empty where there is none."
             raise InputError(what, "labels", fix)
 
     def _pin_masks(self) -> None:
         missing = pin_versions(self.spool, "valid", self.seen)
         if missing.count:
-            what = (
-                f"no mask for {missing.count} of {self.spool.count()} scenes: {missing.text(with_ids=True)}"
-            )
+            of = counted(self.spool.count(), "scene")
+            what = f"no mask for {missing.count} of {of}: {missing.text(with_ids=True)}"
             raise InputError(what, "valid", "Correct the template or the catalogue.")
 
     def _extra_schema(self) -> pa.Schema:
@@ -289,9 +287,7 @@ def _look_at_all(texts: Sequence[str]) -> list[Input]:
         found = list(pool.map(look_at, texts))
     absent = [text for text, source in zip(texts, found, strict=True) if source is None]
     if absent:
-        more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
-        named = ", ".join(map(printable, absent[:_SHOWN])) + more
-        what = f"no such file, or a folder or prefix with nothing in it: {named}"
+        what = f"no such file, or a folder or prefix with nothing in it: {few(list(map(printable, absent)))}"
         raise InputError(what, "inputs", "Correct the path; a glob needs quotes in a shell.")
     return [source for source in found if source is not None]
 

@@ -22,6 +22,7 @@ from segpipe.rasters.header import check_limits
 from segpipe.rasters.palette import has_palette
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.validity import alpha_bands, can_equal
+from segpipe.wording import few
 
 Array = np.ndarray[Any, Any]
 
@@ -176,16 +177,12 @@ class LabelReader:
 
     def _unmapped(self, values: set[int | float]) -> SceneError:
         first = sorted(values)[:_MOST_NAMED]
-        names = ", ".join(f"#{int(value):06x}" if self._decoder.colours else f"{value:g}" for value in first)
-        more = ", ..." if len(values) > _MOST_NAMED else ""
+        names = [f"#{int(value):06x}" if self._decoder.colours else f"{value:g}" for value in first]
+        named = few(names, _MOST_NAMED, total=len(values))
         example = "#ff0000" if self._decoder.colours else "7"
         fix = f'Map them with label_map, such as {{"{example}": 1}} (255 = ignore), or correct the label.'
-        return SceneError(
-            "label_value",
-            f"the label holds values that no class maps: {names}{more}",
-            self._raster.where,
-            fix,
-        )
+        what = f"the label holds values that no class maps: {named}"
+        return SceneError("label_value", what, self._raster.where, fix)
 
 
 def _open(source: SceneSource) -> Raster:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from segpipe.errors import InputError, ObjectMissing, SceneError, SegpipeError, first_line
 from segpipe.rasters.scene import CHANGED_FIX, Version
 from segpipe.storage import open_object
+from segpipe.wording import counted
 
 IMAGE_COLUMNS: Final = ("image", "img", "png", "jpg", "bytes")
 LABEL_COLUMN: Final = "label"
@@ -154,7 +155,7 @@ def _batches(file: Any, group: int, path: str, where: str) -> Iterator[Any]:
     chunk = _chunk(file.metadata.row_group(group), path)
     chunk_bytes = chunk.total_uncompressed_size if chunk is not None else MAX_GROUP_BYTES + 1
     if chunk_bytes > MAX_GROUP_BYTES:
-        what = f"a row group holds {chunk_bytes} bytes of images, more than {MAX_GROUP_BYTES}"
+        what = f"a row group holds {chunk_bytes:,} bytes of images, more than {MAX_GROUP_BYTES:,}"
         raise SceneError("limit", what, where, "Write the shard with smaller row groups.")
     rows = max(1, min(_MAX_BATCH_ROWS, MAX_GROUP_BYTES // max(1, chunk_bytes)))
     return iter(file.iter_batches(rows, row_groups=[group], columns=[path], use_threads=False))
@@ -225,7 +226,7 @@ def read_cell(uri: str, version: Version, row: int, num_rows: int | None, role: 
         if cursor is None:
             cursor = _new_cursor(uri, version, role)
         if num_rows is not None and cursor.starts[-1] != num_rows:
-            what = f"the shard has {cursor.starts[-1]} rows, planned were {num_rows}"
+            what = f"the shard has {counted(cursor.starts[-1], 'row')}, not {num_rows} as planned"
             raise SceneError("shard_count", what, uri, CHANGED_FIX)
         if not 0 <= row < cursor.starts[-1]:
             raise SceneError("shard_count", f"the shard has no row {row}", uri, CHANGED_FIX)

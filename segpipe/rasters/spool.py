@@ -14,12 +14,14 @@ from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import fold_id, printable
 from segpipe.rasters.scene_list import SceneList, dump_extra
 from segpipe.storage import ObjectInfo, join_uri, scheme_of
+from segpipe.wording import few
 
 Role = Literal["uri", "label", "valid"]
 """The three objects of a scene whose versions are pinned."""
 
 _CACHE_KIB: Final = 32_768
 _PAGE: Final = 2_000
+_SHOWN: Final = 5
 _SCENE_COLUMNS: Final = (
     "n INTEGER PRIMARY KEY, id TEXT, fold TEXT, rank INTEGER, row INTEGER, sort TEXT, listed INTEGER, "
     "shard INTEGER, keep INTEGER, uri TEXT, uri_size INTEGER, uri_etag TEXT, label TEXT, label_size INTEGER, "
@@ -206,22 +208,20 @@ class Spool:
 
     def check_ids(self) -> None:
         """Raises ``InputError`` naming both files where two scenes share an id, or differ by case alone."""
-        found = self._rows("SELECT fold FROM scene GROUP BY fold HAVING count(*) > 1 ORDER BY fold LIMIT 6")
+        doubled = "SELECT fold FROM scene GROUP BY fold HAVING count(*) > 1"
+        found = self._rows(f"{doubled} ORDER BY fold LIMIT {_SHOWN}")
         if not found:
             return
-        total = self._rows("SELECT count(*) FROM (SELECT 1 FROM scene GROUP BY fold HAVING count(*) > 1)")[0][
-            0
-        ]
+        ((total,),) = self._rows(f"SELECT count(*) FROM ({doubled})")
         lines = []
-        for (fold,) in found[:5]:
+        for (fold,) in found:
             twins = self._rows("SELECT id, uri, member FROM scene WHERE fold = ? ORDER BY n LIMIT 2", (fold,))
             (first, *_), (second, *_) = twins
             places = " and ".join(printable(f"{uri}!{member}" if member else uri) for _, uri, member in twins)
             by_case = f" ({second!r}: they differ by case alone)" if first != second else ""
             lines.append(f"{first!r}{by_case}: {places}")
-        more = f"; and {total - 5} more" if total > 5 else ""
         raise InputError(
-            f"two scenes with one id: {'; '.join(lines)}{more}",
+            f"two scenes with one id: {few(lines, _SHOWN, '; ', total)}",
             "inputs",
             "Name a folder above them or quote the glob, so that ids are the paths below it, or give a "
             "catalogue with a scene_id column.",

@@ -35,6 +35,7 @@ from segpipe.rasters.georeference import on_some_map
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import has_suffix
 from segpipe.storage import open_object
+from segpipe.wording import counted, few
 
 Array = np.ndarray[Any, Any]
 
@@ -231,13 +232,13 @@ def _read_layer(path: Path, driver: str, uri: str) -> tuple[list[dict[str, Any]]
     try:
         layers = [str(name) for name, kind in pyogrio.list_layers(path) if kind is not None]
         if len(layers) != 1:
-            raise _unreadable(f"it has {len(layers)} layers with geometry, not one: {', '.join(layers)}", uri)
+            raise _unreadable(f"it must have one layer with geometry, it has {few(layers) or 'none'}", uri)
         info = pyogrio.read_info(path, layer=layers[0])
         if info["driver"] != driver:
             raise _unreadable(f"GDAL takes it for {info['driver']}, not {driver}", uri)
         meta, _, shapes, columns = pyogrio.raw.read(path, layer=layers[0], force_2d=True)
         if len(shapes) < info["features"]:
-            raise _unreadable(f"only {len(shapes)} of its {info['features']} areas can be read", uri)
+            raise _unreadable(f"only {len(shapes)} of {counted(info['features'], 'area')} can be read", uri)
         if not meta["crs"]:
             raise _unreadable("it names no coordinate reference system", uri)
         names = [str(name) for name in meta["fields"]]

@@ -11,6 +11,7 @@ from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import printable
 from segpipe.rasters.spool import Role, Spool
 from segpipe.storage import open_object, open_storage, scheme_of
+from segpipe.wording import few
 
 _THREADS: Final = 16
 _LIST_FROM: Final = 50
@@ -33,8 +34,7 @@ class Missing:
 
     def text(self, with_ids: bool) -> str:
         items = [f"{uri} (scene {scene_id!r})" if with_ids else uri for scene_id, uri in self.first]
-        more = self.count - len(self.first)
-        return ", ".join(items) + (f" and {more} more" if more else "")
+        return few(items, _SHOWN, total=self.count)
 
 
 def pin_versions(spool: Spool, role: Role, seen: list[str]) -> Missing:

@@ -108,10 +108,10 @@ def test_maps_and_photographs_without_partner_are_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_maps(root, "stuff_val2017_pixelmaps", "val2017", [92], name=name)
     (root / "val2017/a.jpg").rename(root / "val2017/c.jpg")
-    with pytest.raises(InputError, match=r"no image: stuff_val2017_pixelmaps/a\.png"):
+    with pytest.raises(InputError, match=r"no image for 1 listed sample: stuff_val2017_pixelmaps/a\.png"):
         prepared("coco", root, tmp_path / "out")
     (root / "stuff_val2017_pixelmaps/a.png").unlink()
-    with pytest.raises(InputError, match=r"no map: val2017/c\.jpg"):
+    with pytest.raises(InputError, match=r"no map for 1 listed sample: val2017/c\.jpg"):
         prepared("coco", root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

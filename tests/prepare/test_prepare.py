@@ -196,7 +196,7 @@ def test_tar_keys_end_at_their_first_dot(tmp_path: Path) -> None:
 def test_an_image_without_label_is_named_before_anything_is_written(tmp_path: Path) -> None:
     write_camvid(tmp_path / "in")
     (tmp_path / "in/trainannot/im1.png").unlink()
-    with pytest.raises(InputError, match=r"1 of the listed samples have no label: .*im1\.png"):
+    with pytest.raises(InputError, match=r"no label for 1 listed sample: .*im1\.png"):
         prepared("camvid", tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

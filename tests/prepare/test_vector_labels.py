@@ -214,7 +214,7 @@ def test_several_layers_and_other_geometries_are_named(tmp_path: Path) -> None:
         write_vectors(
             path, [wkb(box(0, -9, 9, 0))], "EPSG:32633", kind="Polygon", layer=layer, append=layer == "two"
         )
-    with pytest.raises(SceneError, match="2 layers with geometry, not one: one, two"):
+    with pytest.raises(SceneError, match="must have one layer with geometry, it has one, two"):
         areas_of(path)
     point = struct.pack("<BIdd", 1, 1, 500_000.0, 5_000_000.0)
     write_vectors(tmp_path / "b.fgb", [point], "EPSG:32633", kind="Point")
