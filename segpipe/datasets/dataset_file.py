@@ -13,7 +13,7 @@ from segpipe.datasets.plan import FORMAT, ShardPlan, dataset_key
 from segpipe.datasets.shards import ShardMeta
 from segpipe.datasets.statistics import Sums
 from segpipe.errors import InputError
-from segpipe.geometry.resolution import is_coarser
+from segpipe.geometry.resolution import is_finer
 from segpipe.storage import Storage
 
 DATASET_KEY: Final = "dataset.json"
@@ -109,7 +109,7 @@ def _pixel_sizes(config: PrepareConfig, total: Sums) -> dict[str, Any]:
     """
     asked = config.archive.pixel_m if config.layout == "archive" else None
     sizes = None if total.pixel_m_min is None else [total.pixel_m_min, total.pixel_m_max]
-    reached = asked is not None and sizes is not None and not is_coarser(sizes[1], asked)
+    reached = asked is not None and sizes is not None and not is_finer(asked, sizes[1])
     return {
         "pixel_m": asked if reached else total.common_pixel_m(),
         "pixel_m_range": sizes,

@@ -6,7 +6,7 @@ from typing import Final
 
 MAX_DOWNSAMPLE: Final = 16
 COARSE_FACTOR: Final = 1.5
-"""A scene whose pixels are this much coarser than the model's is named: scores suffer there."""
+"""A scene whose pixels are this much coarser, or finer, than wanted is named: scores suffer there."""
 
 
 def choose_downsample(wanted_m: float | None, scene_m: float | None) -> int:
@@ -21,3 +21,10 @@ def is_coarser(wanted_m: float | None, scene_m: float | None) -> bool | None:
     if wanted_m is None or scene_m is None:
         return None
     return scene_m > COARSE_FACTOR * wanted_m
+
+
+def is_finer(wanted_m: float | None, scene_m: float | None) -> bool | None:
+    """Return whether the scene's pixels are too fine for the wanted size; None where either is unknown."""
+    if wanted_m is None or scene_m is None:
+        return None
+    return wanted_m > COARSE_FACTOR * scene_m

@@ -16,7 +16,7 @@ from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
 from segpipe.datasets.shards import ShardMeta
 from segpipe.datasets.write import Fault, ShardTask, fault_of, make_shard, of_another_kind
 from segpipe.errors import ConfigError, InputError, SceneError
-from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser
+from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser, is_finer
 from segpipe.masks.run import RUN_KEY
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.local import Executor
@@ -121,7 +121,7 @@ def _warn_of_pixel_sizes(config: PrepareConfig, tree: dict[str, Any], events: Ev
     sizes = tree["pixel_m_range"]
     if sizes is not None and is_coarser(asked, sizes[1]):
         events.warning(f"pixels of up to {sizes[1]:.3g} m, much coarser than archive.pixel_m, {asked} m")
-    if sizes is not None and is_coarser(sizes[0], asked):
+    if sizes is not None and is_finer(asked, sizes[0]):
         events.warning(
             f"pixels of {sizes[0]:.3g} m, much finer than archive.pixel_m, {asked} m: "
             f"a scene is reduced by {MAX_DOWNSAMPLE} at most"

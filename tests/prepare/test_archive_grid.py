@@ -17,7 +17,7 @@ from scenes import CLASSES, RASTERS, SMALL, blank, write_scene
 from segpipe.datasets.archive_grid import ReducedGrid, reduce_label, reduce_pixels
 from segpipe.geometry.georef import apply, coarser
 from segpipe.geometry.grid import Window
-from segpipe.geometry.resolution import choose_downsample
+from segpipe.geometry.resolution import choose_downsample, is_coarser, is_finer
 from segpipe.masks.codec import decode_mask
 from segpipe.pipelines.prepare import run_prepare
 
@@ -79,6 +79,22 @@ def test_the_factor_is_the_nearest_whole_number(
     wanted_m: float | None, scene_m: float | None, factor: int
 ) -> None:
     assert choose_downsample(wanted_m, scene_m) == factor
+
+
+@pytest.mark.parametrize(
+    ("wanted_m", "scene_m", "coarse", "fine"),
+    [
+        (0.2, 0.29, False, False),
+        (0.2, 0.31, True, False),
+        (0.31, 0.2, False, True),
+        (None, 0.2, None, None),
+        (0.2, None, None, None),
+    ],
+)
+def test_scenes_that_are_much_coarser_or_finer_than_wanted_are_told_apart(
+    wanted_m: float | None, scene_m: float | None, coarse: bool | None, fine: bool | None
+) -> None:
+    assert (is_coarser(wanted_m, scene_m), is_finer(wanted_m, scene_m)) == (coarse, fine)
 
 
 def test_a_coarser_transform_keeps_every_place() -> None:
