@@ -51,17 +51,16 @@ class Sums:
         labelled_px = sum(class_px)
         self.merge(
             Sums(
-                1,
-                0,
-                pixels.shape[1],
-                int(counts[IGNORE]),
-                class_px,
-                totals,
-                squares,
-                pixel_m,
-                pixel_m,
-                int(pixel_m is None),
-                [labelled_px if px else 0 for px in class_px],
+                samples=1,
+                valid_px=pixels.shape[1],
+                ignore_px=int(counts[IGNORE]),
+                class_px=class_px,
+                band_sum=totals,
+                band_squares=squares,
+                pixel_m_min=pixel_m,
+                pixel_m_max=pixel_m,
+                pixel_m_unknown=int(pixel_m is None),
+                present_px=[labelled_px if px else 0 for px in class_px],
             )
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from segpipe.datasets.layout import Layout, Sample, SampleRef
 from segpipe.datasets.plan import ShardPlan
@@ -119,13 +119,4 @@ def of_another_kind(images: Sequence[tuple[str, str, int]]) -> list[Fault]:
 
 def _without_pixels(sample: Sample) -> Sample:
     """The sample with an empty array for its pixels: a shard's decoded images need not fit in memory."""
-    return Sample(
-        sample.image,
-        sample.suffix,
-        sample.pixels[:, :0, :0].copy(),
-        None,
-        sample.label,
-        sample.window,
-        sample.crs,
-        sample.transform,
-    )
+    return replace(sample, pixels=sample.pixels[:, :0, :0].copy(), valid=None)
