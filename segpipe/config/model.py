@@ -87,13 +87,18 @@ class FailuresConfig(Section):
     """Fraction of scenes."""
 
 
-class ClusterConfig(Section):
-    """Where and how widely to run."""
+class PlaceConfig(Section):
+    """Where to run."""
 
     executor: Literal["ray", "local"] = "ray"
     """ray, or local = in this process (debugging, notebooks)."""
     address: str | None = None
     """Address of a Ray cluster; none: RAY_ADDRESS, else Ray starts in-process on loopback."""
+
+
+class ClusterConfig(PlaceConfig):
+    """Where and how widely to run."""
+
     workers: Auto | PositiveInt = "auto"
     """Size of the worker pool; auto = one per GPU, else one in all."""
     threads_per_worker: Auto | PositiveInt = "auto"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from segpipe.config.model import SegpipeConfig
+from segpipe.config.model import ClusterConfig, PlaceConfig, SegpipeConfig
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets.dataset_file import DATASET_KEY, dataset_tree, read_dataset, to_json, with_licence
 from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef
@@ -48,7 +48,7 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
     storage = open_storage(config.output)
     with nothing_written():
         layout = make_layout(config)
-    executor = start_executor(SegpipeConfig(cluster=config.cluster))
+    executor = _start(config.cluster)
     try:
         with nothing_written():
             shards, left_out = _plan(config, layout, executor)
@@ -130,13 +130,17 @@ def _warn_of_pixel_sizes(config: PrepareConfig, tree: dict[str, Any], events: Ev
 
 def plan_prepare(config: PrepareConfig) -> list[ShardPlan]:
     """List and plan, and write nothing; headers are read in this process."""
-    local = config.cluster.model_copy(update={"executor": "local"})
-    executor = start_executor(SegpipeConfig(cluster=local))
+    executor = _start(PlaceConfig(executor="local"))
     try:
         with nothing_written():
             return _plan(config, make_layout(config), executor)[0]
     finally:
         executor.close()
+
+
+def _start(place: PlaceConfig) -> Executor:
+    cluster = ClusterConfig(executor=place.executor, address=place.address)
+    return start_executor(SegpipeConfig(cluster=cluster))
 
 
 def _plan(config: PrepareConfig, layout: Layout, executor: Executor) -> tuple[list[ShardPlan], int]:

@@ -305,6 +305,8 @@ def test_the_command_prints_json_and_a_dry_run_writes_nothing(
     ("options", "message"),
     [
         (["--set", "shard_sample=3"], "shard_samples"),
+        (["--set", "cluster.workers=3"], "cluster.workers"),
+        (["--set", "cluster.threads_per_worker=3"], "cluster.threads_per_worker"),
         (["--labels", "{stem}.png"], "brings its own"),
         (["--split", "val"], "NAME=FRACTION"),
         (["--format", "zip"], "format"),

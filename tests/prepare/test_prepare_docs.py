@@ -29,8 +29,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_every_key_of_the_config_is_in_the_table_and_no_other() -> None:
     table = TEXT.partition("| key | default | |")[2]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in row.split(", ")}
-    unused = {"cluster.workers", "cluster.threads_per_worker"}
-    assert {name.strip("`") for name in named} == set(leaves(PrepareConfig)) - unused
+    assert {name.strip("`") for name in named} == set(leaves(PrepareConfig))
 
 
 def test_every_layout_is_in_the_docs_in_the_help_and_registered() -> None:
