@@ -124,12 +124,12 @@ class ArchiveLayout:
         return ReducedGrid(header.height, header.width, factor)
 
     def _grid_chips(
-        self, scene: SceneSource, header: SceneHeader, grid: ReducedGrid, but: str | None
+        self, scene: SceneSource, header: SceneHeader, grid: ReducedGrid, skip_split: str | None
     ) -> Iterator[SampleRef]:
         for chip in places.grid_windows(grid.height, grid.width, self._config.archive.chip_px):
             window = grid.to_scene(chip)
             split = self._split(scene, header, window)
-            if split == but:
+            if split == skip_split:
                 continue
             if self._exclude is not None and self._exclude.touches(header, window):
                 split = LEFT_OUT

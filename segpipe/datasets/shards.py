@@ -141,9 +141,8 @@ def _encode_tar(rows: Sequence[tuple[SampleRef, Sample]], meta: ShardMeta) -> by
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
         for ref, sample in rows:
             folder, slash, name = ref.sample_id.rpartition("/")
-            stem = (
-                folder + slash + name.replace("%", "%25").replace(".", "%2E")
-            )  # a key ends at its first dot
+            # a key ends at its first dot
+            stem = folder + slash + name.replace("%", "%25").replace(".", "%2E")
             members = {
                 sample.suffix: sample.image,
                 "label.png": encode_mask(sample.label),

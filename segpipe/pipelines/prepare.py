@@ -108,7 +108,8 @@ def _replace_lost(
     lost = [shard for shard in shards if shard.key not in there]
     if not lost:
         return 0
-    events.message(f"the data set is there, but {counted(len(lost), 'shard')} of it gone: made again")
+    verb = "is" if len(lost) == 1 else "are"
+    events.message(f"the data set is there, but {len(lost)} of its shards {verb} gone and {verb} made again")
     return _make_shards(config, layout, lost, executor, events)[1]
 
 

@@ -106,7 +106,7 @@ class _Builder:
         elif source.kind == "object":
             self._add(Draft(scene_id_of(source.key), source.uri, source.version, rank))
         elif source.kind == "list_file":
-            for _, text in list_file_lines(source):
+            for text in list_file_lines(source):
                 uri = resolve_uri(text, source.base)
                 self._add(Draft(scene_id_of(below(source.base, uri)), uri, None, rank))
         else:

@@ -27,7 +27,7 @@ from segpipe.config.card import IGNORE, ClassInfo
 from segpipe.errors import StorageError, StorageFull
 from segpipe.geometry.georef import Transform
 from segpipe.geometry.grid import Window
-from segpipe.rasters.driver import gdal_environment
+from segpipe.rasters.driver import as_rasterio, gdal_environment
 
 TILE_PX: Final = 512
 """Side of the tiles in the COG."""
@@ -127,7 +127,7 @@ def _write_draft(spec: CogSpec, blocks: Iterable[tuple[Window, Any]], path: Path
         dataset.update_tags(1, **{f"CLASS_{i}": info.name for i, info in enumerate(spec.classes)})
         dataset.set_band_description(1, "class")
         for window, mask in blocks:
-            dataset.write(mask, 1, window=_as_rasterio(window))
+            dataset.write(mask, 1, window=as_rasterio(window))
             sums.append((window, _checksum(mask)))
     return sums
 
@@ -136,7 +136,7 @@ def _compare(path: Path, sums: Sequence[tuple[Window, int]]) -> None:
     """Read every block back: a write that failed late can leave tiles empty without a word."""
     with rasterio.open(str(path), driver="GTiff") as dataset:
         for window, wanted in sums:
-            mask = dataset.read(1, window=_as_rasterio(window))
+            mask = dataset.read(1, window=as_rasterio(window))
             if _checksum(mask) != wanted:
                 path.unlink()
                 what = f"the GeoTIFF that was written holds other pixels at {window}"
@@ -158,7 +158,3 @@ def _explained(error: BaseException, folder: Path) -> StorageError:
 def full(folder: Path, what: str) -> StorageFull:
     """Return the error that says how to get more scratch space."""
     return StorageFull(what, str(folder), "Free space, or set TMPDIR to a folder with more of it.")
-
-
-def _as_rasterio(window: Window) -> Any:
-    return rasterio.windows.Window(window.col_off, window.row_off, window.width, window.height)

@@ -128,12 +128,12 @@ class Raster:
 
     def read(self, bands: Sequence[int], window: Window, out: Array) -> None:
         """Fill ``out`` (bands, height, width) with the window's pixels. Raises `SceneError` ``decode``."""
-        where = _as_rasterio(window)
+        where = as_rasterio(window)
         self.call("decode", lambda dataset: dataset.read(list(bands), window=where, out=out))
 
     def read_mask(self, window: Window) -> Array:
         """The raster's own mask: uint8 (height, width), 0 = no data. Raises `SceneError` ``decode``."""
-        where = _as_rasterio(window)
+        where = as_rasterio(window)
         out = block_zeros((window.height, window.width), np.uint8)
         self.call("decode", lambda dataset: dataset.read_masks(1, window=where, out=out))
         return out
@@ -168,6 +168,11 @@ class Raster:
         if self._ranged is not None and (fault := self._ranged.take_fault()) is not None:
             raise _as_scene_error(fault, self.where)
         self._check()
+
+
+def as_rasterio(window: Window) -> Any:
+    """The same window as rasterio's own."""
+    return rasterio.windows.Window(window.col_off, window.row_off, window.width, window.height)
 
 
 def open_raster(uri: str, version: Version | None) -> Raster:
@@ -295,10 +300,6 @@ def _reason(error: BaseException) -> str:
     """GDAL's words in one line, the same on every machine and in every attempt."""
     text = str(error.__cause__ or error)
     return " ".join(_VSI_NAME.sub("file", text).split())[:300]
-
-
-def _as_rasterio(window: Window) -> Any:
-    return rasterio.windows.Window(window.col_off, window.row_off, window.width, window.height)
 
 
 def _close(dataset: Any, context: contextvars.Context) -> None:

@@ -160,18 +160,18 @@ def is_scene_file(key: str, source: Input) -> bool:
     return source.matches(key)
 
 
-def list_file_lines(source: Input) -> Iterator[tuple[int, str]]:
-    """(line number, path or URI) of a list file, without comments and blank lines."""
+def list_file_lines(source: Input) -> Iterator[str]:
+    """The paths or URIs of a list file, without comments and blank lines."""
     storage, key = open_object(source.uri)
     version = source.version
     with storage.open_range(
         key, version.etag if version else None, version.size_bytes if version else None
     ) as file:
         try:
-            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+            for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
                 text = line.strip()
                 if text and not text.startswith("#"):
-                    yield number, text
+                    yield text
         except UnicodeDecodeError:
             raise InputError(
                 "a list file must be UTF-8 text", source.uri, "One path or URI a line."

@@ -41,6 +41,7 @@ class SceneList:
 
     def __init__(self, database: sqlite3.Connection, extra_schema: pa.Schema, notes: tuple[str, ...]) -> None:
         self._database = database
+        database.execute("CREATE TABLE known(id TEXT PRIMARY KEY, fold TEXT, version TEXT, part INTEGER)")
         self.extra_schema = extra_schema
         """Names and types of the catalogue columns in ``SceneSource.extra``, over all catalogues."""
         self.notes = notes
@@ -72,9 +73,6 @@ class SceneList:
         """
         with scratch_explained():
             run = self._database.execute
-            run(
-                "CREATE TABLE IF NOT EXISTS known(id TEXT PRIMARY KEY, fold TEXT, version TEXT, part INTEGER)"
-            )
             rows = ((scene_id, fold_id(scene_id), version, part) for scene_id, version, part in known)
             while page := list(itertools.islice(rows, _PAGE)):
                 self._database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", page)
@@ -97,9 +95,6 @@ class SceneList:
     def pages(self, size: int = 10_000) -> Iterator[list[tuple[SceneSource, int | None]]]:
         """Lists of at most ``size`` (scene, replaces_part) in plan order; may be gone through again."""
         with scratch_explained():
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS known(id TEXT PRIMARY KEY, fold TEXT, version TEXT, part INTEGER)"
-            )
             cursor = self._database.execute(
                 f"SELECT {_COLUMNS}, (SELECT part FROM known WHERE known.id = scene.id) FROM scene "
                 "ORDER BY rank, row, sort, n"

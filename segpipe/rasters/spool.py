@@ -124,8 +124,8 @@ class Spool:
     def drop_below(self, folder: str) -> int:
         """Take out what was listed below a folder; how many."""
         start = folder if folder.endswith("/") else f"{folder}/"
-        condition = "listed AND uri >= ? AND uri < ?"
-        return self._change(f"DELETE FROM scene WHERE {condition}", (start, f"{start[:-1]}0"))
+        end = f"{start[:-1]}0"  # "0" follows "/" in ASCII: all that begins with start lies before it
+        return self._change("DELETE FROM scene WHERE listed AND uri >= ? AND uri < ?", (start, end))
 
     def drop_named(self) -> int:
         """Take out listed files that are the label or the mask of a scene; how many."""

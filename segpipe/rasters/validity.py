@@ -32,8 +32,6 @@ class ValidityRule:
     """For the plan: mask, sidecar, alpha, nodata or none; the first of these that counts."""
     mask: bool = False
     """The raster's own mask (a TIFF's mask directory)."""
-    sidecar: bool = False
-    """``SceneSource.valid_uri`` is read too."""
     alpha: int | None = None
     """Number of the alpha band; never one of the chosen bands."""
     nodata: tuple[float, ...] | None = None
@@ -67,12 +65,12 @@ def find_rule(dataset: Any, bands: Sequence[int], valid: str, has_sidecar: bool,
         if not has_sidecar:
             fix = "Write the mask beside the scene, or change input.valid."
             raise SceneError("valid_mask", "there is no validity mask for it", where, fix)
-        return ValidityRule("sidecar", sidecar=True)
+        return ValidityRule("sidecar")
     flags = dataset.mask_flag_enums[bands[0] - 1]
     mask = MaskFlags.per_dataset in flags and not {MaskFlags.alpha, MaskFlags.nodata} & set(flags)
     found = {"mask": mask, "sidecar": has_sidecar, "alpha": alpha is not None, "nodata": has_nodata}
     source = next((name for name, there in found.items() if there), "none")
-    return ValidityRule(source, mask, has_sidecar, alpha, nodata)
+    return ValidityRule(source, mask, alpha, nodata)
 
 
 def no_data_by_value(pixels: Array, nodata: Sequence[float] | None) -> Array | None:

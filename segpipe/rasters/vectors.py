@@ -13,6 +13,7 @@ import posixpath
 import sqlite3
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -196,7 +197,7 @@ def _copy_parts(uri: str, path: Path) -> None:
     for part in (".shp", ".shx", ".dbf"):  # GDAL reads what is left of a file that was cut short
         file = path.with_suffix(part)
         if file.exists() and file.stat().st_size < _stated_bytes(part, file.read_bytes()[:100]):
-            raise _unreadable(f"its {part} ends before its time", uri)
+            raise _unreadable(f"its {part} is cut short", uri)
 
 
 def _stated_bytes(part: str, head: bytes) -> int:
@@ -210,13 +211,12 @@ def _stated_bytes(part: str, head: bytes) -> int:
 
 def _check_tables(path: Path, uri: str) -> None:
     """Refuse a GeoPackage whose layers are more than tables: SQL of its own could call for other files."""
-    with sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True) as database:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
         try:
             rows = database.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
             layers = {str(name) for (name,) in database.execute("SELECT table_name FROM gpkg_contents")}
         except sqlite3.Error as error:
             raise _unreadable(f"its tables cannot be read ({error})", uri) from None
-    database.close()
     for kind, name, sql in rows:
         words = str(sql or "").lower().split()
         virtual = words[:3] == ["create", "virtual", "table"]

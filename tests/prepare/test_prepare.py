@@ -247,7 +247,7 @@ def test_a_shard_that_was_deleted_is_made_again(tmp_path: Path) -> None:
     heard = Heard()
     again = run_prepare(config_of("camvid", tmp_path / "in", tmp_path / "out", shard_samples=2), heard)
     assert (again.dataset, again.written) == (first.dataset, 1)
-    assert heard.lines == ["the data set is there, but 1 shard of it gone: made again"]
+    assert heard.lines == ["the data set is there, but 1 of its shards is gone and is made again"]
     assert files_of(tmp_path / "out") == before
 
 
