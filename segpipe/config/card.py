@@ -29,7 +29,7 @@ class ClassInfo(BaseModel):
 class ModelCard(BaseModel):
     """Everything that ``predict`` must know of a model besides its weights."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     family: str
     """Key of ``segpipe.models.families.FAMILIES``."""

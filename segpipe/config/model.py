@@ -11,10 +11,14 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Base of all configs: unknown keys are refused, values are frozen."""
+    """Base of all configs: unknown keys, infinite numbers and NaN are refused, values are frozen."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # JSON, which run files and recipes are, has neither
     )
 
 

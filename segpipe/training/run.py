@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -102,7 +103,10 @@ def _try_network(config: TrainConfig, card: ModelCard) -> str | None:
 
 
 def make_card(config: TrainConfig, dataset: PreparedDataset) -> ModelCard:
-    """The model card that the training's network will carry. Raises `ConfigError`."""
+    """The model card that the training's network will carry.
+
+    Raises `ConfigError`, and `InputError` for a data set whose mean, spread or pixel size is not finite.
+    """
     model = config.model
     bands = model.bands or _band_names(dataset.bands)
     if len(bands) != dataset.bands:
@@ -120,6 +124,12 @@ def make_card(config: TrainConfig, dataset: PreparedDataset) -> ModelCard:
                 "Use dataset.",
             )
         mean, std = _IMAGENET
+    if not all(math.isfinite(number) for number in (*mean, *std, dataset.pixel_m or 1.0)):
+        raise InputError(
+            "mean, spread or pixel size of the data set is not finite",
+            dataset.uri,
+            "Run `segpipe prepare` again without the samples that hold infinite values.",
+        )
     metric, _, name = config.validation.metric.partition(":")
     names = [info.name for info in dataset.classes]
     if metric == "iou" and name not in names:

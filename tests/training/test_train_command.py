@@ -111,6 +111,25 @@ def test_a_split_without_labels_is_refused_by_a_dry_run_too(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_infinite_number_is_a_fault_of_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words("nowhere", tmp_path / "run", "--set", "train.lr=.inf"))
+    assert "train.lr: must be a finite number (got inf)" in capsys.readouterr().err
+
+
+def test_a_data_set_without_a_finite_mean_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = tiny_dataset(tmp_path, samples=12)
+    dataset = tmp_path / "prepared/dataset.json"
+    dataset.write_text(json.dumps(json.loads(dataset.read_text()) | {"mean": [float("nan"), 1.0, 2.0]}))
+    with pytest.raises(SystemExit, match="2"):
+        main(words(uri, tmp_path / "run", "--dry-run"))
+    assert "of the data set is not finite" in capsys.readouterr().err
+
+
 def step_row(step: int) -> StepRow:
     return StepRow(
         step=step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from segpipe.config.card import ClassInfo, ModelCard
 from segpipe.config.load import MAX_TEXT_BYTES, load_config
 from segpipe.config.model import SegpipeConfig, as_tree
+from segpipe.config.prepare import load_prepare
 from segpipe.config.recipe import differences, masks_recipe, recipe, recipe_key
 from segpipe.config.schema import CONFIGS, config_schema
 from segpipe.config.train import load_train
@@ -101,6 +103,42 @@ def test_all_faults_are_reported_in_one_error_one_line_a_key() -> None:
     assert "cluster: must be a mapping (got 4)" in message
     assert "failures.max_fraction: must be at most 1.0 (got 2)" in message
     assert message.startswith("job.yaml: ")
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("train.lr", "a finite number"),
+        ("train.steps", "a finite number"),
+        ("train.loss.dice", "a finite number"),
+        ("data.augment.noise", "a finite number"),
+        ("cluster.workers", "'auto' or a finite number or a list"),
+    ],
+)
+def test_infinite_numbers_and_nan_are_refused(key: str, words: str, number: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_train("data: {uri: a}\ntrain: {epochs: 1}\n", {}, [f"{key}={number}"], "job.yaml")
+    got = number.replace(".", "")
+    assert str(caught.value).startswith(f"job.yaml: {key}: must be {words} (got {got})")
+
+
+@pytest.mark.parametrize(
+    "key", ["archive.pixel_m", "archive.chips_per_mpx", "split.grid_m", "limits.scene_px"]
+)
+def test_infinite_numbers_are_refused_by_prepare(key: str) -> None:
+    text = "{layout: folder, sources: [a], classes: [{name: a, color: [0, 0, 0]}]}"
+    with pytest.raises(ConfigError, match=re.escape(f"{key}: must be a finite number (got inf)")):
+        load_prepare(text, {}, [f"{key}=.inf"], "job.yaml")
+
+
+def test_infinite_numbers_are_refused_by_predict() -> None:
+    assert "failures.max_fraction: must be a finite number (got nan)" in fault(
+        None, "failures.max_fraction=.nan"
+    )
+    assert "input.limits.scene_px: must be a finite number (got inf)" in fault(
+        "input: {limits: {scene_px: .inf}}"
+    )
 
 
 def test_rules_across_keys_name_their_key() -> None:

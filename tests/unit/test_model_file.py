@@ -230,6 +230,10 @@ def test_bytes_after_the_weights_are_refused(saved: Path) -> None:
         ({"segpipe.format": "x"}, "format is 'x', not a number"),
         ({"segpipe": "{"}, "the model card is not valid"),
         ({"segpipe": "{}"}, "the model card is not valid: family"),
+        (
+            {"segpipe": card_of().model_dump_json().replace("100.0", "NaN", 1)},
+            "the model card is not valid: mean.0: Input should be a finite number",
+        ),
         ({"segpipe": card_of(classes=3).model_dump_json()}, "the weights do not fit the model card: head"),
         (
             {"segpipe": card_of(width=4, depth=3).model_dump_json()},
