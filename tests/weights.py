@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segpipe.config.card import ClassInfo, ModelCard
 from segpipe.config.train import InitConfig
-from segpipe.models.families import build
+from segpipe.models.families import build_of
 from segpipe.models.file import _NoStart, empty_model
 from segpipe.models.pretrained import StartReport, load_start
 from segpipe.storage import open_object
@@ -45,7 +45,7 @@ def network_of(card: ModelCard) -> nn.Module:
         for tensor in blank.state_dict().values():
             tensor.zero_()
         return blank
-    return build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+    return build_of(card)
 
 
 def random_state(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
+from segpipe.config.card import ModelCard
 from segpipe.errors import ConfigError
 from segpipe.models import mobilenet_unet, pixel, torchvision_families, unet
 from segpipe.models.blocks import SegmentationModel
@@ -43,6 +44,11 @@ def build(family: str, *, bands: int, classes: int, **options: Any) -> Segmentat
         if number < 1:
             raise ConfigError(f"{name} is {number}", fix=f"Give at least 1 for {name}")
     return FAMILIES[family](bands=bands, classes=classes, **options)
+
+
+def build_of(card: ModelCard) -> SegmentationModel:
+    """A new network of a card's family, options, bands and classes, as ``build`` makes it."""
+    return build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
 
 
 def _choices(given: str, known: list[str]) -> str:

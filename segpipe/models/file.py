@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from segpipe.config.card import ModelCard
 from segpipe.errors import ConfigError, InputError
-from segpipe.models.families import build
+from segpipe.models.families import build_of
 from segpipe.models.header import (
     CARD_KEY,
     FORMAT,
@@ -90,7 +90,7 @@ def empty_model(card: ModelCard, where: str) -> nn.Module:
     """
     try:
         with torch.device("meta"), _NoStart():
-            return build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+            return build_of(card)
     except ConfigError as error:
         raise InputError(
             f"the model card asks for what cannot be built: {error.what}", where, error.fix

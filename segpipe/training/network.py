@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from segpipe.config.card import ModelCard
 from segpipe.config.train import TrainConfig
 from segpipe.errors import ConfigError, InputError
-from segpipe.models.families import build
+from segpipe.models.families import build_of
 from segpipe.training.average import RunningAverage
 from segpipe.training.checkpoint import Checkpoint
 from segpipe.training.comm import Comm
@@ -38,7 +38,7 @@ class Network:
         self._config, self._card, self._comm, self.device = config, card, comm, device
         steps = config.train
         torch.manual_seed(steps.seed)
-        model = build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+        model = build_of(card)
         self.start_lines: list[str] = []
         is_backbone = _nothing
         if config.init.weights is not None:
@@ -144,7 +144,7 @@ class Network:
         from segpipe.training.sharding import whole
 
         card = self._card
-        model = build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+        model = build_of(card)
         values = whole(source.state_dict())
         self._comm.broadcast(values.values())
         model.load_state_dict(values)
@@ -171,7 +171,7 @@ def check_hardware(config: TrainConfig, device: str) -> None:
 
 def evaluation_copy(card: ModelCard, tensors: dict[str, Tensor]) -> nn.Module:
     """A network of the card's family on the CPU, with these weights."""
-    model = build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+    model = build_of(card)
     model.load_state_dict(tensors)
     return model.eval()
 

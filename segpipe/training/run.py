@@ -15,7 +15,7 @@ from segpipe.config.model import ClusterConfig, SegpipeConfig
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.prepared import PreparedDataset, open_dataset
 from segpipe.errors import ConfigError, InputError
-from segpipe.models.families import build
+from segpipe.models.families import build_of
 from segpipe.models.file import empty_model
 from segpipe.pipelines.local import Executor, LocalExecutor
 from segpipe.pipelines.predict import nothing_written, start_executor
@@ -98,7 +98,7 @@ def _try_network(config: TrainConfig, card: ModelCard) -> str | None:
         return None
     from segpipe.models.pretrained import load_start
 
-    model = build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+    model = build_of(card)
     return load_start(model, card, config.init).sha256
 
 

@@ -22,7 +22,7 @@ from segpipe.config.prepare import load_prepare
 from segpipe.config.train import load_train
 from segpipe.errors import InputError, ObjectMissing
 from segpipe.models.blocks import SegmentationModel
-from segpipe.models.families import FAMILIES, build
+from segpipe.models.families import FAMILIES, build_of
 from segpipe.models.file import load_model, save_model
 from segpipe.models.header import MAX_HEADER_BYTES, model_sha256, read_card, read_card_bytes
 
@@ -44,7 +44,7 @@ def card_of(family: str = "unet", bands: int = 3, classes: int = 2, **options: A
 
 def network_of(card: ModelCard) -> SegmentationModel:
     torch.manual_seed(11)
-    return build(card.family, bands=len(card.bands), classes=card.num_classes, **card.options)
+    return build_of(card)
 
 
 @pytest.fixture
