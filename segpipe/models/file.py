@@ -16,26 +16,8 @@ from torch.overrides import TorchFunctionMode
 from segpipe.config.card import ModelCard
 from segpipe.errors import ConfigError, InputError
 from segpipe.models.families import build_of
-from segpipe.models.header import (
-    CARD_KEY,
-    FORMAT,
-    FORMAT_KEY,
-    LENGTH_BYTES,
-    model_sha256,
-    read_card,
-    read_card_bytes,
-)
+from segpipe.models.header import CARD_KEY, FORMAT, FORMAT_KEY, LENGTH_BYTES, read_card_bytes
 from segpipe.storage import read_uri
-
-__all__ = [
-    "empty_model",
-    "load_model",
-    "load_model_bytes",
-    "model_sha256",
-    "read_card",
-    "read_card_bytes",
-    "save_model",
-]
 
 
 def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> None:
@@ -44,15 +26,25 @@ def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> None:
     Raises:
         InputError: the weights are not those of the card's family, bands and classes.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _check_weights(empty_model(card, str(path)), weights, str(path))
+    data = encode_model(model, card, str(path))
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(_encode(weights, card))
+        partial.write_bytes(data)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def encode_model(model: nn.Module, card: ModelCard, where: str = "model file") -> bytes:
+    """The bytes of a model file. Same weights and card give the same bytes; ``where`` names it in errors.
+
+    Raises:
+        InputError: the weights are not those of the card's family, bands and classes.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _check_weights(empty_model(card, where), weights, where)
+    return _encode(weights, card)
 
 
 def load_model(uri: str) -> tuple[nn.Module, ModelCard]:

@@ -7,7 +7,6 @@ card as JSON) and ``segpipe.format``. Nothing here or in ``file`` unpickles.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from typing import Any, Final
@@ -16,7 +15,6 @@ from pydantic import ValidationError
 
 from segpipe.config.card import ModelCard
 from segpipe.errors import InputError
-from segpipe.storage import read_uri
 
 FORMAT: Final = 1
 CARD_KEY: Final = "segpipe"
@@ -37,18 +35,12 @@ _FOREIGN: Final = (
 )
 
 
-def read_card(uri: str) -> ModelCard:
-    """The card of a model file at any URI that storage opens; does not import torch.
+def read_card_bytes(data: bytes, where: str = "model file") -> ModelCard:
+    """The card of a whole model file in memory; does not import torch. ``where`` names the file in errors.
 
     Raises:
         InputError: not a model file of segpipe, or a damaged one.
-        StorageError: it cannot be fetched.
     """
-    return read_card_bytes(read_uri(uri), uri)
-
-
-def read_card_bytes(data: bytes, where: str = "model file") -> ModelCard:
-    """The card of a whole model file in memory. ``where`` names the file in errors."""
     metadata = parse_header(data, where).get("__metadata__")
     if not isinstance(metadata, dict) or not isinstance(metadata.get(CARD_KEY), str):
         raise InputError("a safetensors file without segpipe's model card", where, _CONVERT)
@@ -64,11 +56,6 @@ def read_card_bytes(data: bytes, where: str = "model file") -> ModelCard:
         place = ".".join(str(part) for part in first["loc"])
         what = f"the model card is not valid: {place + ': ' if place else ''}{first['msg']}"
         raise InputError(what, where, "Write the model file again") from error
-
-
-def model_sha256(uri: str) -> str:
-    """SHA-256 of the model file's bytes, hexadecimal: weights and card."""
-    return hashlib.sha256(read_uri(uri)).hexdigest()
 
 
 def parse_header(data: bytes, where: str) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
-from segpipe.config.card import ModelCard
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.prepared import PreparedDataset
 from segpipe.errors import IncompleteError
-from segpipe.models.file import save_model
+from segpipe.models.file import encode_model
 from segpipe.storage import Storage
 from segpipe.training.checkpoint import Checkpoint, Progress, list_checkpoints, read_checkpoint
 from segpipe.training.curves import draw_curves
@@ -73,11 +70,11 @@ def finish(
     title = f"{card.family}: {progress.step} steps"
     names = [info.name for info in card.classes]
     artefacts = {
-        MODEL_KEY: _model_bytes(model, card),
         CARD_KEY: card_text(card, facts, scores, dataset, progress.start_lines).encode(),
         CURVES_KEY: draw_curves(steps, scores, names, title),
+        MODEL_KEY: encode_model(model, card, storage.uri(MODEL_KEY)),
     }
-    for key, data in sorted(artefacts.items()):  # the model comes last: where it is, all is there
+    for key, data in artefacts.items():  # the model comes last: where it is, all is there
         storage.put(key, data)
     open_trackers(config.tracking, storage.root, run.config, progress.step).close(storage, artefacts)
     return Trained(
@@ -107,10 +104,3 @@ def _facts(progress: Progress, kept_step: int, kept: dict[str, Any] | None) -> d
     if kept is not None:
         facts["validation"] = {name: value for name, value in kept.items() if name not in ("step", "is_best")}
     return facts
-
-
-def _model_bytes(model: Any, card: ModelCard) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="segpipe-") as folder:
-        path = Path(folder) / MODEL_KEY
-        save_model(path, model, card)
-        return path.read_bytes()
