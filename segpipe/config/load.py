@@ -14,6 +14,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import ConfigError
+from segpipe.wording import few
 
 MAX_TEXT_BYTES: Final = 1_000_000
 MAX_DEPTH: Final = 16
@@ -76,8 +77,10 @@ def _part_of(tree: Tree, part: str, where: str) -> Tree:
     if "recipe" not in tree:
         return tree
     if others := [str(name) for name in tree if name != "recipe"]:
-        what = f"beside recipe stands {', '.join(others)}"
-        raise ConfigError(what, where, "Move it into the command's part, such as recipe.predict.")
+        what = f"the key {others[0]} stands" if len(others) == 1 else f"the keys {few(others)} stand"
+        raise ConfigError(
+            f"{what} beside recipe", where, "All settings go into a command's part, such as recipe.predict."
+        )
     parts = tree["recipe"]
     if not isinstance(parts, dict) or not set(parts) <= set(RECIPE_PARTS):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The network families by name. A new family is one file with a ``build`` and one line here."""
+"""The network families by name. A new one is a file with a ``build``, a line here and two in ``layouts``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(family: str, *, bands: int, classes: int, **options: Any) -> Segmentat
         _check_value(family, name, value, known[name])
     for name, number in (("bands", bands), ("classes", classes)):
         if number < 1:
-            raise ConfigError(f"{name} is {number}", fix=f"Give at least 1 for {name}")
+            raise ConfigError(f"{name} is {number}", fix=f"Give at least 1 for {name}.")
     return FAMILIES[family](bands=bands, classes=classes, **options)
 
 
@@ -54,8 +54,8 @@ def build_of(card: ModelCard) -> SegmentationModel:
 def _choices(given: str, known: list[str]) -> str:
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
     if near:
-        return f"Did you mean {near[0]!r}? There are: {', '.join(known)}"
-    return f"There are: {', '.join(known) or 'none'}"
+        return f"Did you mean {near[0]!r}? There are: {', '.join(known)}."
+    return f"There are: {', '.join(known) or 'none'}."
 
 
 def _check_value(family: str, name: str, value: Any, default: Any) -> None:
@@ -63,5 +63,5 @@ def _check_value(family: str, name: str, value: Any, default: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, wanted):
         raise ConfigError(
             f"option {name!r} of model family {family!r} is {value!r}",
-            fix=f"It takes a number such as {default!r}",
+            fix=f"It takes a number such as {default!r}.",
         )

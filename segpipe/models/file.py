@@ -64,7 +64,7 @@ def load_model_bytes(data: bytes, where: str = "model file") -> tuple[nn.Module,
         weights = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise InputError(
-            f"the model file is damaged: {error}", where, "Fetch or write the file again"
+            f"the model file is damaged: {error}", where, "Fetch or write the file again."
         ) from error
     model = empty_model(card, where)
     _check_weights(model, weights, where)
@@ -116,7 +116,7 @@ def _check_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> 
             problems.append(f"{name} is {tensor.dtype}, not {wanted[name].dtype}")
     if problems:
         named = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        fix = "Write the file again with the card of the network that was trained"
+        fix = "Write the file again with the card of the network that was trained."
         raise InputError(f"the weights do not fit the model card: {named}", where, fix)
 
 

@@ -22,10 +22,10 @@ _ZIP: Final = b"PK\x03\x04"
 _PICKLE: Final = b"\x80"
 _STATE_KEYS: Final = ("state_dict", "model", "model_state_dict")
 _WRAPPER: Final = "module."  # what DistributedDataParallel puts before each name
-_GIVE: Final = "Give a model file of segpipe, a safetensors state dict or a torch state dict (.pth)"
-_FETCH: Final = "Fetch or write the file again"
+_GIVE: Final = "Give a model file of segpipe, a safetensors state dict or a torch state dict (.pth)."
+_FETCH: Final = "Fetch or write the file again."
 _SAVE_TENSORS: Final = (
-    "Load it where you trust it and save the tensors alone: torch.save(model.state_dict(), path)"
+    "Load it where you trust it and save the tensors alone: torch.save(model.state_dict(), path)."
 )
 
 
@@ -130,9 +130,9 @@ def _check_tensors(state: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             kind = "a quantized" if tensor.is_quantized else "a sparse or empty"
-            raise InputError(f"{name} is {kind} tensor", where, "Save plain dense weights")
+            raise InputError(f"{name} is {kind} tensor", where, "Save plain dense weights.")
         if tensor.is_complex():
-            raise InputError(f"{name} holds complex numbers", where, "Save real weights")
+            raise InputError(f"{name} holds complex numbers", where, "Save real weights.")
 
 
 _MARKS: Final[tuple[tuple[Callable[[Mapping[str, Tensor]], bool], str], ...]] = (

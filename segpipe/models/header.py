@@ -23,8 +23,10 @@ MAX_HEADER_BYTES: Final = 16 * 2**20
 """Far above any real header (some 100 bytes a tensor); a guard against damaged or hostile lengths."""
 LENGTH_BYTES: Final = 8
 
-_CONVERT: Final = "Give a .safetensors file written by segpipe; foreign checkpoints are not loaded by predict"
-_FETCH: Final = "Fetch or write the file again"
+_CONVERT: Final = (
+    "Give a .safetensors file written by segpipe; foreign checkpoints are not loaded by predict."
+)
+_FETCH: Final = "Fetch or write the file again."
 
 _FOREIGN: Final = (
     (b"PK\x03\x04", "a zip file, as torch.save writes it (.pth, .pt)"),
@@ -48,14 +50,16 @@ def read_card_bytes(data: bytes, where: str = "model file") -> ModelCard:
     if not (isinstance(written, str) and re.fullmatch("[0-9]{1,6}", written)):
         raise InputError(f"the model file's format is {written!r}, not a number", where, _FETCH)
     if int(written) > FORMAT:
-        raise InputError(f"the model file has format {written}, newer than {FORMAT}", where, "Update segpipe")
+        raise InputError(
+            f"the model file has format {written}, newer than {FORMAT}", where, "Update segpipe."
+        )
     try:
         return ModelCard.model_validate_json(metadata[CARD_KEY])
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         what = f"the model card is not valid: {place + ': ' if place else ''}{first['msg']}"
-        raise InputError(what, where, "Write the model file again") from error
+        raise InputError(what, where, "Write the model file again.") from error
 
 
 def parse_header(data: bytes, where: str) -> dict[str, Any]:

@@ -64,5 +64,5 @@ class MobileNetV2UNet(SegmentationModel):
 def build(*, bands: int, classes: int, dropout: float = 0.0) -> SegmentationModel:
     """Option: ``dropout``, the fraction of decoder channels left out while training (0 to below 1)."""
     if not 0 <= dropout < 1:
-        raise ConfigError(f"dropout is {dropout}", fix="Give a fraction from 0 to below 1")
+        raise ConfigError(f"dropout is {dropout}", fix="Give a fraction from 0 to below 1.")
     return MobileNetV2UNet(bands, classes, dropout)

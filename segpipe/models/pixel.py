@@ -26,5 +26,5 @@ class PixelClassifier(SegmentationModel):
 def build(*, bands: int, classes: int, width: int = 16) -> SegmentationModel:
     """Option: ``width``, channels of the one hidden layer (at most 1024); 0 = none, a linear classifier."""
     if not 0 <= width <= 1024:
-        raise ConfigError(f"pixel classifier of width {width}", fix="Width is 0 to 1024")
+        raise ConfigError(f"pixel classifier of width {width}", fix="Width is 0 to 1024.")
     return PixelClassifier(bands, classes, width)

@@ -31,7 +31,7 @@ from segpipe.storage import read_uri, scheme_of
 
 _OWN: Final = "model file of segpipe"
 _RGB: Final = ("red", "green", "blue")
-_OTHER_FILE: Final = "Give weights of the network that model.family names, or change model.family"
+_OTHER_FILE: Final = "Give weights of the network that model.family names, or change model.family."
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def load_start(model: nn.Module, card: ModelCard, config: InitConfig) -> StartRe
     digest = hashlib.sha256(data).hexdigest()
     if config.sha256 is not None and not digest.startswith(config.sha256):
         what = f"the file's sha256 is {digest}, not {config.sha256}"
-        raise InputError(what, uri, "Fetch the file again, or correct init.sha256")
+        raise InputError(what, uri, "Fetch the file again, or correct init.sha256.")
     file = read_state(data, uri)
     wanted = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     found = _match(file, card, wanted, uri)
@@ -131,10 +131,10 @@ def _fetch(uri: str) -> bytes:
     except StorageError as error:
         if scheme_of(uri) in ("http", "https"):
             what = f"the weights to start from cannot be fetched: {error.what}"
-            fix = "Fetch the file elsewhere and give its local path as init.weights"
+            fix = "Fetch the file elsewhere and give its local path as init.weights."
             raise InputError(what, uri, fix) from error
         if isinstance(error, ObjectMissing):
-            raise InputError("no such file of weights", uri, "Correct init.weights") from error
+            raise InputError("no such file of weights", uri, "Correct init.weights.") from error
         raise
 
 
@@ -146,7 +146,7 @@ def _match(file: StateFile, card: ModelCard, wanted: Mapping[str, Tensor], uri: 
         found = match(SAME_NETWORK, file.state, wanted)
     else:
         what = f"the weights are of model family {file.card.family}, the network is {card.family}"
-        raise InputError(what, uri, f"Set model.family to {file.card.family} or start from other weights")
+        raise InputError(what, uri, f"Set model.family to {file.card.family} or start from other weights.")
     if found.problems:
         raise _unfit(file, card, found.problems, uri)
     return found
@@ -157,9 +157,9 @@ def _unfit(file: StateFile, card: ModelCard, problems: Sequence[str], uri: str) 
     if file.card is not None and file.card.options != card.options:
         theirs, ours = file.card.options or "no options", card.options or "no options"
         what = f"the weights of {card.family} with {theirs} do not fit the network with {ours}: {named}"
-        return InputError(what, uri, "Set model.options as they are in the file")
+        return InputError(what, uri, "Set model.options as they are in the file.")
     if file.card is not None:
-        return InputError(f"the weights cannot be used: {named}", uri, "Start from other weights")
+        return InputError(f"the weights cannot be used: {named}", uri, "Start from other weights.")
     what = (
         f"the weights do not fit {card.family}: {named}. The file begins with {first_keys(file.state)}; "
         f"it looks like {looks_like(file.state)}"

@@ -58,5 +58,5 @@ class UNet(SegmentationModel):
 def build(*, bands: int, classes: int, width: int = 32, depth: int = 4) -> SegmentationModel:
     """Options: ``width``, channels of the first level (1 to 512); ``depth``, halvings (1 to 6)."""
     if not (1 <= width <= 512 and 1 <= depth <= 6):
-        raise ConfigError(f"U-Net of width {width} and depth {depth}", fix="Width is 1 to 512, depth 1 to 6")
+        raise ConfigError(f"U-Net of width {width} and depth {depth}", fix="Width is 1 to 512, depth 1 to 6.")
     return UNet(bands, classes, width, depth)

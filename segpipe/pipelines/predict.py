@@ -150,7 +150,7 @@ def _prepare_masks(config: SegpipeConfig, masks_uri: str) -> Job:
         raise InputError(what, masks_uri, "Run the command that made it again.")
     if storage.stat(SUCCESS_KEY) is None:
         what = "the run's masks are there, but not its reports and _SUCCESS"
-        raise InputError(what, masks_uri, f"Write them: segpipe report {masks_uri}")
+        raise InputError(what, masks_uri, f"Write them with `segpipe report {masks_uri}`.")
     parse_label_map(config.input.label_map, masks.card.num_classes)
     asked = masks_recipe(masks.recipe_key, config.input.label_map)
     return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, masks_uri)

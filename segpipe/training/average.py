@@ -50,7 +50,7 @@ class RunningAverage:
             raise InputError(
                 f"{len(wrong)} tensors do not fit the network, such as {wrong[0]}",
                 "running average",
-                "Go on with the network that it was written by",
+                "Go on with the network that it was written by.",
             )
         self.model.load_state_dict(state)
 

@@ -157,7 +157,7 @@ def class_weights(
         raise InputError(
             "class weights need labelled pixels, and the training splits hold none",
             "train.loss.class_weights",
-            "Set it to none, or prepare the data set with labels",
+            "Set it to none, or prepare the data set with labels.",
         )
     within = present_px if kind == "median_frequency" and present_px is not None else [total] * len(class_px)
     rates = [px / of if px else 0.0 for px, of in zip(class_px, within, strict=True)]

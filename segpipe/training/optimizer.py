@@ -142,4 +142,4 @@ def _check_names(missing: set[str], unexpected: set[str]) -> None:
 
 
 def _misfit(what: str) -> InputError:
-    return InputError(what, "optimiser state", "Go on with the network and optimiser that it was written by")
+    return InputError(what, "optimiser state", "Go on with the network and optimiser that it was written by.")

@@ -123,7 +123,9 @@ def check_tracking(config: TrackingConfig) -> None:
     wanted = {"tensorboard": config.tensorboard, "mlflow": config.mlflow is not None}
     for name, asked in wanted.items():
         if asked and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"tracking.{name} needs {name}", "", f'pip install "segpipe[{name}]"')
+            raise ConfigError(
+                f"tracking.{name} needs {name}", "", f'Install it: pip install "segpipe[{name}]".'
+            )
 
 
 def open_trackers(

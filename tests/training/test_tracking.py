@@ -67,7 +67,7 @@ def test_a_missing_package_is_named_with_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(
-        ConfigError, match=rf'tracking\.{name} needs {name}\. pip install "segpipe\[{name}\]"'
+        ConfigError, match=rf'tracking\.{name} needs {name}\. Install it: pip install "segpipe\[{name}\]"'
     ):
         check_tracking(config)
 

@@ -312,7 +312,7 @@ def test_a_recipe_holds_a_config_for_each_command() -> None:
         load_config(RECIPE, {}, (), "r.yaml", "prepare")
     with pytest.raises(ConfigError, match="a recipe holds the configs of prepare, train, predict, evaluate"):
         load_config("recipe: {predict: {}, trian: {}}", {}, (), "r.yaml")
-    with pytest.raises(ConfigError, match=r"beside recipe stands model\. Move it into the command's part"):
+    with pytest.raises(ConfigError, match=r"the key model stands beside recipe\. All settings go into"):
         load_config("recipe: {predict: {}}\nmodel: a", {}, (), "r.yaml")
 
 

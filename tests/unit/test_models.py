@@ -16,6 +16,7 @@ from torch.fx.experimental.optimization import fuse
 from segpipe.errors import ConfigError
 from segpipe.models.blocks import SegmentationModel
 from segpipe.models.families import FAMILIES, build
+from segpipe.models.layouts import LAST_LAYERS, LAYOUTS
 
 OPTIONS: dict[str, dict[str, Any]] = {"unet": {"width": 4, "depth": 3}}
 LIGHT = ("unet", "unet_mobilenet_v2", "lraspp_mobilenet_v3_large")
@@ -151,6 +152,10 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_every_family_has_its_layouts() -> None:
+    assert FAMILIES.keys() == LAST_LAYERS.keys() == LAYOUTS.keys()
 
 
 @pytest.mark.parametrize(
