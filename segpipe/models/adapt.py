@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segpipe.wording import few
+
 
 @dataclass(frozen=True, slots=True)
 class BandPlan:
@@ -97,7 +99,7 @@ def plan_classes(source_classes: int, source_names: Sequence[str] | None, names:
     new = [name for name in names if name not in known]
     if not copied:
         return ClassPlan(sources, f"{counts}: no class has the same name, so it starts anew")
-    line = f"{counts}: {_few(copied)} by name" + (f"; {_few(new)} start anew" if new else "")
+    line = f"{counts}: {few(copied)} by name" + (f"; {few(new)} start anew" if new else "")
     return ClassPlan(sources, line)
 
 
@@ -105,8 +107,3 @@ def adapt_classes(rows: Tensor, fresh: Tensor, plan: ClassPlan) -> Tensor:
     """Weight (C, ...) or bias (C,) of the last layer: rows of the file where the plan says so, else fresh."""
     parts = [fresh[index] if source is None else rows[source] for index, source in enumerate(plan.sources)]
     return torch.stack(parts).to(fresh.dtype)
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -18,6 +18,7 @@ from segpipe.errors import ConfigError, InputError
 from segpipe.models.families import build_of
 from segpipe.models.header import CARD_KEY, FORMAT, FORMAT_KEY, LENGTH_BYTES, read_card_bytes
 from segpipe.storage import read_uri
+from segpipe.wording import few
 
 
 def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> None:
@@ -115,9 +116,8 @@ def _check_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> 
         elif tensor.is_floating_point() != wanted[name].is_floating_point():
             problems.append(f"{name} is {tensor.dtype}, not {wanted[name].dtype}")
     if problems:
-        named = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         fix = "Write the file again with the card of the network that was trained."
-        raise InputError(f"the weights do not fit the model card: {named}", where, fix)
+        raise InputError(f"the weights do not fit the model card: {few(problems, 3, '; ')}", where, fix)
 
 
 def _encode(weights: dict[str, Tensor], card: ModelCard) -> bytes:

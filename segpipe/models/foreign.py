@@ -17,6 +17,7 @@ from torch import Tensor
 from segpipe.config.card import ModelCard
 from segpipe.errors import InputError
 from segpipe.models.header import CARD_KEY, LENGTH_BYTES, parse_header, read_card_bytes
+from segpipe.wording import few
 
 _ZIP: Final = b"PK\x03\x04"
 _PICKLE: Final = b"\x80"
@@ -159,4 +160,4 @@ def looks_like(state: Mapping[str, Tensor]) -> str:
 def first_keys(state: Mapping[str, Tensor]) -> str:
     """The first three names with their shapes."""
     shown = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:3]]
-    return ", ".join(shown) + (f" and {len(state) - 3} more" if len(state) > 3 else "")
+    return few(shown, 3, total=len(state))

@@ -28,6 +28,7 @@ from segpipe.models.adapt import (
 from segpipe.models.foreign import StateFile, first_keys, looks_like, read_state
 from segpipe.models.layouts import LAST_LAYERS, LAYOUTS, SAME_NETWORK, Match, best_match, match
 from segpipe.storage import read_uri, scheme_of
+from segpipe.wording import counted, few
 
 _OWN: Final = "model file of segpipe"
 _RGB: Final = ("red", "green", "blue")
@@ -62,12 +63,12 @@ class StartReport:
     def lines(self) -> list[str]:
         """The report for the terminal, in plain words."""
         found = [f"start: {self.kind}, {self.source}", f"  sha256 {self.sha256}"]
-        found.append(f"  {self.loaded} tensors from the file")
+        found.append(f"  {counted(self.loaded, 'tensor')} from the file")
         found += [f"  {line}" for line in self.adapted]
         if self.dropped:
             found.append(f"  left out of the file: {', '.join(self.dropped)}")
         if self.fresh:
-            count = f"{len(self.fresh)} parameter{'s' if len(self.fresh) > 1 else ''}"
+            count = counted(len(self.fresh), "parameter")
             found.append(f"  random start: {count} of {', '.join(_parts(self.fresh))}")
         return found
 
@@ -153,7 +154,7 @@ def _match(file: StateFile, card: ModelCard, wanted: Mapping[str, Tensor], uri: 
 
 
 def _unfit(file: StateFile, card: ModelCard, problems: Sequence[str], uri: str) -> InputError:
-    named = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    named = few(problems, 3, "; ")
     if file.card is not None and file.card.options != card.options:
         theirs, ours = file.card.options or "no options", card.options or "no options"
         what = f"the weights of {card.family} with {theirs} do not fit the network with {ours}: {named}"

@@ -17,6 +17,7 @@ from segpipe.config.card import ModelCard
 from segpipe.datasets.prepared import PreparedDataset
 from segpipe.metrics.scores import OVERALL_SCORES
 from segpipe.training.history import iou_columns
+from segpipe.wording import few
 
 LEFT_OUT: Final = ("output", "cluster", "tracking")
 """Sections of the config that say where a training ran, not how: they are not part of its recipe."""
@@ -48,7 +49,7 @@ def card_text(
     """
     kept = next((row for row in scores.to_pylist() if row["step"] == run["kept_step"]), None)
     parts = [
-        f"# {_escaped(card.family)}: {_escaped(_listed([info.name for info in card.classes], 6))}",
+        f"# {_escaped(card.family)}: {_escaped(few([info.name for info in card.classes], 6))}",
         "A model for semantic segmentation, trained by segpipe.",
         _network(card, run),
         _use(card),
@@ -88,7 +89,7 @@ def _use(card: ModelCard) -> str:
         "## Use\n\n"
         + _fenced(command, "bash")
         + f"\n\n`model.safetensors` names its family, classes, bands and normalisation itself. Images need "
-        f"{_count(len(card.bands), 'band')} ({_escaped(_listed(card.bands, 8))}) of type {card.dtype}."
+        f"{_count(len(card.bands), 'band')} ({_escaped(few(card.bands, 8))}) of type {card.dtype}."
     )
 
 
@@ -103,7 +104,7 @@ def _scores(run: Mapping[str, Any], kept: Mapping[str, Any] | None, dataset: Pre
     rows = [(name, _number(kept[name]), _SCORE_WORDS[name]) for name in OVERALL_SCORES if name in kept]
     return (
         f"## Scores\n\nOf the weights kept, those after step {run['kept_step']:,}, on whole images of "
-        f"{_escaped(_listed(splits, 8))} ({_count(images, 'sample')}, {kept['compared_px']:,} pixels with a "
+        f"{_escaped(few(splits, 8))} ({_count(images, 'sample')}, {kept['compared_px']:,} pixels with a "
         f"label). The weights were judged by {_escaped(chosen)}: {_number(kept['metric'])}.\n\n"
         + _table(("score", "value", "meaning"), rows)
     )
@@ -242,8 +243,3 @@ def _pixel_size(pixel_m: float | None) -> str:
 
 def _count(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
-def _listed(names: Sequence[str], most: int) -> str:
-    left = len(names) - most
-    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")

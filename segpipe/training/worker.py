@@ -35,6 +35,7 @@ from segpipe.training.run_file import TrainRun
 from segpipe.training.steps import StepOutcome, Stepper
 from segpipe.training.tracking import Ended, Trackers, open_trackers
 from segpipe.training.validate import count_images, metric_of
+from segpipe.wording import few
 
 Tell = Callable[[StepRow | ScoreRow | str], None]
 """Called by worker 0 for each step and validation, and with lines of text."""
@@ -217,9 +218,8 @@ class _Training:
         ids = self._comm.gather_texts(list(outcome.sample_ids))
         steps = list_checkpoints(self._storage)
         newest = self._storage.uri(checkpoint_key(steps[-1])) if steps else "none was written yet"
-        more = f" and {len(ids) - _NAMED_IDS} more" if len(ids) > _NAMED_IDS else ""
         raise CheckError(
-            f"{what}; its samples: {', '.join(ids[:_NAMED_IDS])}{more}; newest checkpoint: {newest}",
+            f"{what}; its samples: {few(ids, _NAMED_IDS)}; newest checkpoint: {newest}",
             self._storage.root,
             "Look at these samples; a lower train.lr, a train.clip_norm or precision fp32 often helps (with "
             "another --output).",
