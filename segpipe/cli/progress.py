@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from segpipe.cli import signals
 from segpipe.pipelines.events import Events
@@ -17,20 +17,15 @@ if TYPE_CHECKING:
 _LINE_EVERY_S: Final = 10.0
 
 
-class ProgressEvents(Events):
-    """Shows planning, units with Mpx/s, km2/h and ETA, and the reading of reports."""
+class StderrLines(Events):
+    """Messages and warnings as lines, above a bar where one is open; a context that closes the bar."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
-        self._started_s = 0.0
         self._last_line_s = 0.0
-        self._missing = self._ended = self._failed_blocks = 0
-        self._scene_px = 0
-        self._area_m2 = 0.0
 
-    def __enter__(self) -> ProgressEvents:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -43,6 +38,53 @@ class ProgressEvents(Events):
 
     def warning(self, text: str) -> None:
         self._print(f"warning: {text}")
+
+    def _due(self) -> bool:
+        """Whether the last line that asked this is long enough ago for another."""
+        now_s = time.monotonic()
+        if now_s - self._last_line_s < _LINE_EVERY_S:
+            return False
+        self._last_line_s = now_s
+        return True
+
+    def _open_bar(self, noun: str, total: int, done: int = 0) -> None:
+        """Show a bar from here on if stderr is a terminal."""
+        if not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn(noun),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task(noun, total=total, completed=done, rates="")
+        self._bar.start()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+class ProgressEvents(StderrLines):
+    """Shows planning, units with Mpx/s, km2/h and ETA, and the reading of reports."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started_s = 0.0
+        self._missing = self._ended = self._failed_blocks = 0
+        self._scene_px = 0
+        self._area_m2 = 0.0
 
     def planned(self, scenes: int, total: int) -> None:
         signals.check()
@@ -59,8 +101,7 @@ class ProgressEvents(Events):
             return
         there = f", {units - missing} there already" if missing < units else ""
         self._print(f"{counted(missing, 'unit')} to compute{there}")
-        if self._on_terminal():
-            self._open_bar()
+        self._open_bar("units", missing)
 
     def unit(self, result: UnitResult) -> None:
         signals.check()
@@ -91,43 +132,6 @@ class ProgressEvents(Events):
         if self._failed_blocks:
             parts.append(f"{counted(self._failed_blocks, 'block')} failed")
         return "  ".join(parts)
-
-    def _due(self) -> bool:
-        now_s = time.monotonic()
-        if now_s - self._last_line_s < _LINE_EVERY_S:
-            return False
-        self._last_line_s = now_s
-        return True
-
-    def _on_terminal(self) -> bool:
-        return not self._quiet and sys.stderr.isatty()
-
-    def _open_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self._bar = Progress(
-            TextColumn("units"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rates]}"),
-            console=Console(stderr=True),
-        )
-        self._task = self._bar.add_task("units", total=self._missing, rates="")
-        self._bar.start()
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _print(self, text: str) -> None:
-        if self._quiet:
-            return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
 
 def format_duration(seconds: float) -> str:

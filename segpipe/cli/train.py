@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict
-from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 from segpipe.cli import signals
 from segpipe.cli.jobs import print_fields, read_text
-from segpipe.cli.progress import format_duration
-from segpipe.config.train import TrainConfig, load_train
+from segpipe.cli.progress import StderrLines, format_duration
+from segpipe.config.train import load_train
 from segpipe.training.events import TrainEvents
 from segpipe.training.finish import Trained
 from segpipe.training.history import ScoreRow, StepRow
 from segpipe.training.run import TrainPlan, plan_only, prepare_job, run_training
 from segpipe.wording import counted
 
-_LINE_EVERY_S: Final = 10.0
-
 
 def train_command(
     config_uri: str | None, flags: dict[str, Any], sets: list[str], *, dry_run: bool, as_json: bool
 ) -> int:
     """Train and return the exit code."""
-    config = _read_config(config_uri, flags, sets)
-    job = prepare_job(config)
+    job = prepare_job(load_train(read_text(config_uri), flags, sets, config_uri or "flags"))
     with TrainProgress() as events:
         if dry_run:
             _print_plan(plan_only(job, events), as_json)
@@ -37,42 +32,21 @@ def train_command(
     return 0
 
 
-def _read_config(uri: str | None, flags: dict[str, Any], sets: list[str]) -> TrainConfig:
-    return load_train(read_text(uri), flags, sets, uri or "flags")
-
-
-class TrainProgress(TrainEvents):
+class TrainProgress(StderrLines, TrainEvents):
     """Shows steps with loss, samples/s and ETA on stderr: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
+        super().__init__()
         self._total = 0
         self._timed_from: int | None = None
-        self._started_s = self._line_s = 0.0
-
-    def __enter__(self) -> TrainProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def message(self, text: str) -> None:
-        self._print(text)
-
-    def warning(self, text: str) -> None:
-        self._print(f"warning: {text}")
+        self._started_s = 0.0
 
     def begun(self, first_step: int, total_steps: int) -> None:
-        self._total, self._line_s = total_steps, time.monotonic()
+        self._total, self._last_line_s = total_steps, time.monotonic()
         if first_step >= total_steps:
             self._print("all steps are done already; nothing to train")
-        elif sys.stderr.isatty():
-            self._open_bar(first_step)
+        else:
+            self._open_bar("steps", total_steps, first_step)
 
     def step(self, row: StepRow) -> None:
         signals.check()
@@ -82,8 +56,7 @@ class TrainProgress(TrainEvents):
         text = f"loss {row.loss:.4f}  {row.samples_per_s:.1f} samples/s  lr {row.lr:.2g}{self._eta(row.step)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=row.step, rates=text)
-        elif time.monotonic() - self._line_s >= _LINE_EVERY_S or row.step == self._total:
-            self._line_s = time.monotonic()
+        elif self._due() or row.step == self._total:
             self._print(f"step {row.step} of {self._total}  {text}")
 
     def score(self, row: ScoreRow) -> None:
@@ -99,26 +72,6 @@ class TrainProgress(TrainEvents):
             return ""
         left_s = (time.monotonic() - self._started_s) / done * (self._total - step)
         return f"  ETA {format_duration(left_s)}"
-
-    def _open_bar(self, first_step: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self._bar = Progress(
-            TextColumn("steps"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rates]}"),
-            console=Console(stderr=True),
-        )
-        self._task = self._bar.add_task("steps", total=self._total, completed=first_step, rates="")
-        self._bar.start()
-
-    def _print(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
 
 def _print_plan(plan: TrainPlan, as_json: bool) -> None:

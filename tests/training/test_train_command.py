@@ -12,6 +12,7 @@ import rich.console
 from runs import TINY
 from tiny import tiny_dataset
 
+from segpipe.cli import progress as progress_module
 from segpipe.cli import train as train_module
 from segpipe.cli.main import main
 from segpipe.cli.train import TrainProgress
@@ -38,7 +39,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(train_module, "time", clock)
+    for module in (progress_module, train_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
