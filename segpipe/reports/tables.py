@@ -171,22 +171,22 @@ def summary_json(summary: Mapping[str, Any]) -> bytes:
     return (json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def column_names(classes: Sequence[ClassInfo]) -> list[str]:
+def column_names(names: Sequence[str]) -> list[str]:
     """Return a snake_case column suffix for each class, unique; ``class_<index>`` where nothing is left."""
-    names: list[str] = []
-    for index, info in enumerate(classes):
-        ascii_name = unicodedata.normalize("NFKD", info.name).encode("ascii", "ignore").decode()
+    columns: list[str] = []
+    for index, name in enumerate(names):
+        ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
         words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", ascii_name)
-        name = re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_") or f"class_{index}"
-        while name in names:
-            name = f"{name}_{index}"
-        names.append(name)
-    return names
+        column = re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_") or f"class_{index}"
+        while column in columns:
+            column = f"{column}_{index}"
+        columns.append(column)
+    return columns
 
 
 def scene_schema(classes: Sequence[ClassInfo]) -> Any:
     """Return the schema of ``scenes.parquet``: a row a scene, with iou_<class> and px_<class>."""
-    suffixes = column_names(classes)
+    suffixes = column_names([info.name for info in classes])
     return pa.schema(
         [
             pa.field("scene_id", pa.string(), nullable=False),

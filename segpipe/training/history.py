@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from segpipe.config.card import ClassInfo
 from segpipe.errors import CheckError
 from segpipe.metrics.scores import OVERALL_SCORES
 from segpipe.reports.tables import column_names, parquet_bytes
@@ -85,8 +84,7 @@ class ScoreRow:
 
 def iou_columns(class_names: Sequence[str]) -> list[str]:
     """Return the unique column ``iou_<snake_case name>`` of each class, as in the reports."""
-    classes = [ClassInfo(name=name, color=(0, 0, 0)) for name in class_names]
-    return [f"iou_{suffix}" for suffix in column_names(classes)]
+    return [f"iou_{suffix}" for suffix in column_names(class_names)]
 
 
 def steps_schema(parts: Iterable[str] = ()) -> Any:
