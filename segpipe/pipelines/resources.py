@@ -95,20 +95,26 @@ def plan_pool(hardware: Hardware, config: SegpipeConfig) -> Pool:
             f"Ask for at most {hardware.gpus}.",
         )
     workers = asked or (1 if local else hardware.gpus or max(1, hardware.nodes))
+    reserved, threads = share_of_node(hardware, workers, spare_cpus=1)
+    if cluster.threads_per_worker != "auto":
+        threads = cluster.threads_per_worker
+    return Pool(workers, reserved, 1 if hardware.gpus else 0, threads)
+
+
+def share_of_node(hardware: Hardware, workers: int, *, spare_cpus: float) -> tuple[float, int]:
+    """Return the CPUs that each of so many workers may reserve, and its threads, at least 1.
+
+    The CPUs are a whole number, or thousandths up to 1; all workers leave ``spare_cpus`` free.
+    """
     node_cpus = hardware.cpus_per_node or hardware.cpus
     workers_per_node = -(-workers // max(1, hardware.nodes))
     if hardware.gpus:
         workers_per_node = min(workers, hardware.gpus_per_node or hardware.gpus)
-    threads = max(1, node_cpus // workers_per_node)
-    if cluster.threads_per_worker != "auto":
-        threads = cluster.threads_per_worker
     # A worker that asked for more than its share of the smallest node might never find a place.
-    reserved = max(0.0, min((hardware.cpus - 1) / workers, node_cpus / workers_per_node))
+    reserved = max(0.0, min((hardware.cpus - spare_cpus) / workers, node_cpus / workers_per_node))
     # Ray keeps four decimals of a CPU: rounding down keeps the sum below the limit.
-    reserved = int(reserved * 1000) / 1000
-    if reserved > 1:
-        reserved = float(int(reserved))
-    return Pool(workers, reserved, 1 if hardware.gpus else 0, threads)
+    whole = float(int(reserved)) if reserved > 1 else int(reserved * 1000) / 1000
+    return whole, max(1, node_cpus // workers_per_node)
 
 
 def resolve_facts(config: SegpipeConfig, card: ModelCard, hardware: Hardware, pool: Pool) -> Facts:

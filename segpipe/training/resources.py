@@ -7,9 +7,11 @@ from typing import Final
 
 from segpipe.config.train import TrainConfig
 from segpipe.errors import ConfigError
-from segpipe.pipelines.resources import Hardware
+from segpipe.pipelines.resources import Hardware, share_of_node
 
 _MOST_LOADER_THREADS: Final = 8
+_SPARE_CPUS: Final = 0.5
+"""CPUs that the workers together leave free."""
 _CPUS_OF_ONE_IN_A_RANGE: Final = 0.9
 """Reserved by each worker of a range on CPUs: as many find room as there are CPUs."""
 
@@ -51,13 +53,7 @@ def plan_training(hardware: Hardware, config: TrainConfig) -> TrainPool:
         raise ConfigError(
             f"{least} workers, but there are {room} {what}", "cluster.workers", f"Ask for at most {room}."
         )
-    node_cpus = hardware.cpus_per_node or hardware.cpus
-    workers_per_node = -(-most // max(1, hardware.nodes))
-    if hardware.gpus:
-        workers_per_node = min(most, hardware.gpus_per_node or hardware.gpus)
-    share = max(1, node_cpus // workers_per_node)
-    # A worker that asked for more than its share of the smallest node might never find a place.
-    reserved = min((hardware.cpus - 0.5) / most, node_cpus / workers_per_node)
+    reserved, share = share_of_node(hardware, most, spare_cpus=_SPARE_CPUS)
     if least < most and not hardware.gpus:
         reserved = _CPUS_OF_ONE_IN_A_RANGE
     threads, loaders = cluster.threads_per_worker, cluster.loader_threads
@@ -67,7 +63,7 @@ def plan_training(hardware: Hardware, config: TrainConfig) -> TrainPool:
     return TrainPool(
         least=least,
         most=most,
-        cpus_per_worker=int(reserved) if reserved > 1 else int(reserved * 1000) / 1000,
+        cpus_per_worker=reserved,
         device=device,
         precision=precision,
         threads_per_worker=share if threads == "auto" else threads,
