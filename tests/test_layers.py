@@ -26,6 +26,7 @@ LEVELS = {
     "errors": 0,
     "compiled": 0,
     "pages": 0,
+    "versions": 0,
     "wording": 0,
     "segpipe": 0,
 }

@@ -7,9 +7,7 @@ same command goes on after any interruption.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +54,7 @@ from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage, open_storage, read_uri
+from segpipe.versions import versions_of
 from segpipe.wording import counted
 
 _PACKAGES = ("segpipe", "torch", "torchvision", "ray", "pyarrow", "rasterio", "numpy")
@@ -284,8 +283,7 @@ def _run_info(job: Job, facts: Facts) -> RunInfo:
         card=job.card,
         model_sha256=job.model_sha256,
         config=as_tree(job.config),
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES}
-        | {"python": platform.python_version()},
+        versions=versions_of(_PACKAGES),
         masks_uri=job.masks_uri,
     )
 

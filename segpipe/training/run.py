@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -40,6 +38,7 @@ from segpipe.training.run_file import (
 )
 from segpipe.training.tracking import check_tracking
 from segpipe.training.worker import WorkerTask, run_worker, total_steps
+from segpipe.versions import versions_of
 from segpipe.wording import few
 
 _PACKAGES: Final = ("segpipe", "torch", "torchvision", "ray", "numpy")
@@ -236,8 +235,7 @@ def _adopted(job: TrainJob, pool: TrainPool, storage: Storage, events: TrainEven
         facts=facts,
         card=job.card,
         config=_shown(job.config),
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES}
-        | {"python": platform.python_version()},
+        versions=versions_of(_PACKAGES),
     )
     with nothing_written():
         adopted = adopt_or_create(storage, run)
