@@ -227,6 +227,7 @@ class TrainConfig(Section):
     data: DataConfig
     model: NetworkConfig = NetworkConfig()
     init: InitConfig = InitConfig()
+    # A mapping that is checked, so that the rule of epochs or steps speaks where the section is absent.
     train: StepsConfig = Field(default_factory=dict, validate_default=True)
     validation: ValidationConfig = ValidationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from segpipe.errors import ConfigError
+from segpipe.errors import ConfigError, first_line
 from segpipe.inference.device import DTYPES
 from segpipe.inference.rewrite import quicken
 
@@ -99,9 +99,8 @@ def first_call(forward: Forward, x_BNHW: Tensor, *, compile_network: bool) -> Te
     except torch.OutOfMemoryError:
         raise
     except (TorchDynamoException, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"torch.compile failed: {reason}",
+            f"torch.compile failed: {first_line(error)}",
             "inference.compile",
             "Install a C++ compiler (Debian: `apt-get install g++`) or set inference.compile to false.",
         ) from error

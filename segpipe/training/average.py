@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segpipe.errors import InputError
+from segpipe.wording import counted, few
 
 
 class RunningAverage:
@@ -48,7 +49,7 @@ class RunningAverage:
         ]
         if wrong:
             raise InputError(
-                f"{len(wrong)} tensors do not fit the network, such as {wrong[0]}",
+                f"{counted(len(wrong), 'tensor')} not as in the network: {few(wrong)}",
                 "running average",
                 "Go on with the network that it was written by.",
             )

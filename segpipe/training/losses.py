@@ -30,7 +30,7 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class StepSums:
     """What a worker must know of the whole step, over all workers and micro-batches."""
 
     valid_px: float
@@ -68,7 +68,7 @@ class _Batch:
     """bool (b, H, W)."""
     weights: Tensor | None
     """float32 (C,)."""
-    sums: Sums
+    sums: StepSums
 
 
 class Loss:
@@ -85,7 +85,7 @@ class Loss:
         }
         self._terms = {name: term for name, term in terms.items() if term[0] > 0}
 
-    def __call__(self, logits: Tensor, labels: Tensor, real: Tensor, sums: Sums) -> LossValue:
+    def __call__(self, logits: Tensor, labels: Tensor, real: Tensor, sums: StepSums) -> LossValue:
         """The loss of one worker's micro-batch.
 
         Args:
@@ -173,7 +173,7 @@ def _nll(batch: _Batch, weights: Tensor | None) -> Tensor:
     return F.nll_loss(batch.log_probs, batch.labels, weights, ignore_index=IGNORE, reduction="none")
 
 
-def _pixel_mean(loss: Tensor, sums: Sums) -> Tensor:
+def _pixel_mean(loss: Tensor, sums: StepSums) -> Tensor:
     return loss.sum() * (sums.world / max(sums.valid_px, 1.0))
 
 

@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from segpipe.config.train import StepsConfig
 from segpipe.errors import InputError
+from segpipe.wording import counted, few
 
 _BASE_RATE: Final = "base_lr"
 _STEP: Final = "step"
@@ -136,9 +137,11 @@ def _empty_slot(slot: str, parameter: nn.Parameter) -> Tensor:
 
 def _check_names(missing: set[str], unexpected: set[str]) -> None:
     if missing:
-        raise _misfit(f"{len(missing)} tensors are missing, such as {min(missing)}")
+        raise _misfit(f"{counted(len(missing), 'tensor')} missing: {few(sorted(missing))}")
     if unexpected:
-        raise _misfit(f"{len(unexpected)} tensors are not of this optimiser, such as {min(unexpected)}")
+        raise _misfit(
+            f"{counted(len(unexpected), 'tensor')} not of this optimiser: {few(sorted(unexpected))}"
+        )
 
 
 def _misfit(what: str) -> InputError:

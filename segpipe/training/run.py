@@ -156,7 +156,7 @@ def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
     Refuses and warns of what `run_training` would before its first step.
     """
     config = job.config
-    _warn_of_classes(job, events)
+    _check_classes(job, events)
     named = config.cluster.address or os.environ.get("RAY_ADDRESS")
     executor = _start(config, events.warning) if named else LocalExecutor()
     try:
@@ -181,7 +181,7 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
     """
     config = job.config
     storage = open_storage(job.output)
-    _warn_of_classes(job, events)
+    _check_classes(job, events)
     executor = _start(config, events.warning)
     try:
         pool = plan_training(executor.hardware, config)
@@ -295,7 +295,8 @@ def _check_warmup(config: TrainConfig, steps: int) -> None:
         )
 
 
-def _warn_of_classes(job: TrainJob, events: TrainEvents) -> None:
+def _check_classes(job: TrainJob, events: TrainEvents) -> None:
+    """Refuse training splits without any label; warn of classes that never occur in them."""
     counts = job.dataset.split_class_px(job.config.data.train_splits)
     absent = [info.name for info, px in zip(job.dataset.classes, counts, strict=True) if not px]
     if len(absent) == len(counts):

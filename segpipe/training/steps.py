@@ -15,7 +15,7 @@ from segpipe.config.train import TrainConfig
 from segpipe.datasets.batches import TrainBatch
 from segpipe.inference.device import DTYPES
 from segpipe.training.comm import Comm
-from segpipe.training.losses import Loss, Sums
+from segpipe.training.losses import Loss, StepSums
 from segpipe.training.network import Network
 from segpipe.training.optimizer import rate, set_rate
 from segpipe.training.passes import passes
@@ -99,7 +99,7 @@ class Stepper:
         parts = list(self._micro_batches(batch))
         total, names = torch.zeros(0), tuple[str, ...]()
         for number, (x, labels, real) in enumerate(parts):
-            sums = Sums(
+            sums = StepSums(
                 valid_px=valid_px,
                 images=images,
                 world=self._comm.world,

@@ -29,9 +29,8 @@ TENSORBOARD_PREFIX: Final = "tensorboard/events.out.tfevents."
 OUTPUT_TAG: Final = "segpipe.output"
 """MLflow tag that holds the URI of the training's folder, by which a training that goes on finds its run."""
 
-_ROTATE_BYTES: Final = (
-    4 << 20
-)  # an event file is put whole each time: a long one would be moved again and again
+# An event file is put whole each time: a long one would be moved again and again.
+_ROTATE_BYTES: Final = 4 << 20
 _MAX_FAILURES: Final = 3  # in a row; each may take the server's time limit
 _MAX_WAITING: Final = 200_000  # metrics kept while a server does not answer; the oldest go first
 _BATCH_METRICS: Final = 1000  # MLflow's limits of one request

@@ -80,5 +80,5 @@ def test_a_state_of_another_network_is_refused(damage: str) -> None:
         state["2.bias"] = state["0.bias"]
     else:
         state["0.bias"] = torch.zeros(9)
-    with pytest.raises(InputError, match=r"1 tensors do not fit the network, such as [02]\.bias"):
+    with pytest.raises(InputError, match=r"1 tensor not as in the network: [02]\.bias"):
         average.load_state_dict(state)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from segpipe.config.train import LossConfig
 from segpipe.errors import InputError
-from segpipe.training.losses import LossValue, Sums, class_weights, make_loss
+from segpipe.training.losses import LossValue, StepSums, class_weights, make_loss
 
 CLASSES = 4
 CLASS_PX = (50, 20, 5, 25)
@@ -42,9 +42,9 @@ def batch_of(seed: int, images: int = 6, side: int = 5) -> tuple[Tensor, Tensor,
     return features, torch.from_numpy(labels), torch.from_numpy(real)
 
 
-def sums_of(labels: Tensor, real: Tensor, **more: Any) -> Sums:
+def sums_of(labels: Tensor, real: Tensor, **more: Any) -> StepSums:
     valid = (labels != 255) & real[:, None, None]
-    return Sums(float(valid.sum()), float(valid.flatten(1).any(1).sum()), **more)
+    return StepSums(float(valid.sum()), float(valid.flatten(1).any(1).sum()), **more)
 
 
 def one_worker(name: str, logits: Tensor, labels: Tensor, real: Tensor) -> LossValue:

@@ -135,8 +135,8 @@ def retyped(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without, "missing, such as exp_avg/0.weight"),
-        (renamed, "not of this optimiser, such as exp_avg/7.weight"),
+        (without, "1 tensor missing: exp_avg/0.weight"),
+        (renamed, "not of this optimiser: exp_avg/7.weight"),
         (reshaped, r"exp_avg/0.weight is torch.float32 \(1, 3, 3, 3\)"),
         (retyped, "exp_avg/0.weight is torch.float16"),
     ],
