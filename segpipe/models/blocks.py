@@ -15,8 +15,6 @@ class SegmentationModel(nn.Module):
     model card says, of any H and W (the torchvision families need at least 32 px).
     """
 
-    stride: int = 1
-    """Deepest reduction of the network. Sides that are multiples of it waste nothing; others work too."""
     full_size: bool = False
     """True where ``forward_low`` already gives (B, C, H, W)."""
 

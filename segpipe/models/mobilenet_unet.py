@@ -28,8 +28,6 @@ class MobileNetV2UNet(SegmentationModel):
     ``features`` carries torchvision's names (``features.0`` to ``features.16``): its weights load as is.
     """
 
-    stride = 32
-
     def __init__(self, bands: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         features: list[nn.Module] = [ConvNormAct(bands, STEM_CHANNELS, stride=2, relu6=True)]

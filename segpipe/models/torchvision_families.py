@@ -15,11 +15,10 @@ from segpipe.models.blocks import SegmentationModel
 class TorchvisionModel(SegmentationModel):
     """A torchvision network in two parts; logits have 1/8 of the input's size, rounded up."""
 
-    def __init__(self, network: Any, bands: int, stride: int) -> None:
+    def __init__(self, network: Any, bands: int) -> None:
         super().__init__()
         self.backbone: nn.Module = network.backbone
         self.classifier: nn.Module = network.classifier
-        self.stride = stride
         if bands != 3:
             _replace_first_conv(self.backbone, bands)
 
@@ -59,7 +58,7 @@ def build_fcn_resnet50(*, bands: int, classes: int) -> SegmentationModel:
     from torchvision.models.segmentation import fcn_resnet50
 
     network = fcn_resnet50(weights=None, weights_backbone=None, num_classes=classes, aux_loss=False)
-    return SingleFeatureModel(network, bands, 8)
+    return SingleFeatureModel(network, bands)
 
 
 def build_deeplabv3_resnet50(*, bands: int, classes: int) -> SegmentationModel:
@@ -67,7 +66,7 @@ def build_deeplabv3_resnet50(*, bands: int, classes: int) -> SegmentationModel:
     from torchvision.models.segmentation import deeplabv3_resnet50
 
     network = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=classes, aux_loss=False)
-    return SingleFeatureModel(network, bands, 8)
+    return SingleFeatureModel(network, bands)
 
 
 def build_lraspp_mobilenet_v3_large(*, bands: int, classes: int) -> SegmentationModel:
@@ -75,4 +74,4 @@ def build_lraspp_mobilenet_v3_large(*, bands: int, classes: int) -> Segmentation
     from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
     network = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes)
-    return TwoFeatureModel(network, bands, 16)
+    return TwoFeatureModel(network, bands)

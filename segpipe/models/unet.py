@@ -34,7 +34,6 @@ class UNet(SegmentationModel):
 
     def __init__(self, bands: int, classes: int, width: int, depth: int) -> None:
         super().__init__()
-        self.stride = 2**depth
         widths = [width * 2**level for level in range(depth + 1)]
         self.downs = nn.ModuleList(
             _double(inputs, outputs) for inputs, outputs in zip([bands, *widths], widths, strict=False)

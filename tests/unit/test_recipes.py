@@ -124,8 +124,7 @@ def test_the_best_weights_are_chosen_by_the_tiles_that_predict_uses(recipe: Reci
 def test_the_network_can_be_built(recipe: Recipe) -> None:
     model = recipe.train.model
     with torch.device("meta"):
-        network = build(model.family, bands=3, classes=len(recipe.class_names), **model.options)
-    assert recipe.train.data.augment.crop_px >= network.stride
+        build(model.family, bands=3, classes=len(recipe.class_names), **model.options)
 
 
 def test_pretrained_weights_are_local_files_with_the_digest_in_their_name(recipe: Recipe) -> None:
