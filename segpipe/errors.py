@@ -10,7 +10,7 @@ SegpipeError        1  a bug, or an error nobody classified
     StorageFull     3  no space left
   IncompleteError   3  a run ended with units missing
   CheckError        4  a gate or a check failed
-  SceneError        -  one scene's fault: becomes a failed row with a ``kind``
+  SceneError        5  one scene's fault: mostly caught, and then a failed row with a ``kind``
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from segpipe.geometry.grid import Window
 from segpipe.masks.plan import load_part
 from segpipe.masks.read import MaskReader, SceneUnits
 from segpipe.masks.run import list_parts, require_run
-from segpipe.pipelines.predict import prepare, run_job
+from segpipe.pipelines.predict import make_job, run_job
 from segpipe.rasters.labels import open_label
 from segpipe.rasters.reader import open_scene
 from segpipe.reports.pictures import draw_scene
@@ -35,7 +35,7 @@ def demo_command(output: str, *, executor: str) -> int:
     }
     config = read_config(None, flags, [])
     with ProgressEvents() as events:
-        outcome = run_job(prepare(config), events, need_labels=True)
+        outcome = run_job(make_job(config), events, need_labels=True)
     if outcome.exit_code:
         print_outcome(outcome, as_json=False, scores=True)
         return outcome.exit_code

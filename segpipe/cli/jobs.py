@@ -9,7 +9,7 @@ from segpipe.cli.progress import ProgressEvents
 from segpipe.config.load import load_config
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import ConfigError
-from segpipe.pipelines.predict import DryRun, Job, Outcome, dry_run, nothing_written, prepare, run_job
+from segpipe.pipelines.predict import DryRun, Outcome, make_job, nothing_written, plan_job, run_job
 from segpipe.storage import read_uri
 from segpipe.wording import counted
 
@@ -47,18 +47,14 @@ def run_command(
     need_labels = kind == "evaluate"
     if need_labels and masks is None and config.model is None:
         raise ConfigError("nothing to score", "model", "Give --model URI or --masks RUN.")
-    job = prepare(config, masks_uri=masks)
+    job = make_job(config, masks_uri=masks)
     with ProgressEvents() as events:
         if dry_run:
-            _print_dry_run(_dry_run(job, events, need_labels), as_json)
+            _print_dry_run(plan_job(job, events, need_labels=need_labels), as_json)
             return 0
         outcome = run_job(job, events, need_labels=need_labels)
     print_outcome(outcome, as_json=as_json, scores=need_labels or config.input.labels is not None)
     return outcome.exit_code
-
-
-def _dry_run(job: Job, events: ProgressEvents, need_labels: bool) -> DryRun:
-    return dry_run(job, events, need_labels=need_labels)
 
 
 def print_outcome(outcome: Outcome, *, as_json: bool, scores: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated, Any
 
@@ -251,9 +250,6 @@ def _flags(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
-    if os.environ.get("SEGPIPE_TRACEBACK"):
-        app(args=arguments)
-        return
     with signals.heard():
         try:
             code = app(args=arguments, standalone_mode=False)

@@ -279,7 +279,7 @@ def _config_key(root: type[BaseModel], loc: tuple[int | str, ...]) -> str:
             model = _section(model, str(part))
         elif isinstance(part, int) and parts:
             parts[-1] += f"[{part}]"
-        elif len(parts) >= 2 and _is_free_mapping(root, parts):
+        elif parts and _is_free_mapping(root, parts):
             parts.append(str(part))
             break
     return ".".join(parts)

@@ -1,4 +1,4 @@
-"""The whole configuration as pydantic models: one YAML file, flags and ``--set`` fill the same tree."""
+"""The config of predict and evaluate as pydantic models: a YAML file, flags and ``--set`` fill one tree."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class TileSpan:
-    """One tile along one axis of a block, in reduced pixels (scene pixels // downsample, rounded up)."""
+    """One tile along one axis of a block, in reduced pixels (ceil(scene pixels / downsample) of them)."""
 
     start: int
     """Where the tile starts in the read window."""

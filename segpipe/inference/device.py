@@ -6,7 +6,6 @@ from typing import Final, Literal
 
 import torch
 
-from segpipe.errors import ConfigError
 from segpipe.inference.defaults import CPU_BATCH, CUDA_BATCH
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -29,10 +28,6 @@ def resolve_precision(device: str) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def default_batch_size(device: str, precision: str) -> int:
+def default_batch_size(device: str) -> int:
     """Return the number of tiles in one forward pass that ``auto`` stands for."""
-    if precision not in DTYPES:
-        raise ConfigError(
-            f"unknown precision {precision!r}", "inference.precision", f"Use {', '.join(DTYPES)}."
-        )
     return CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH

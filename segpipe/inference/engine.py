@@ -22,8 +22,9 @@ from segpipe.errors import SegpipeError
 from segpipe.geometry.grid import TilePlan
 from segpipe.inference.config import EngineConfig
 from segpipe.inference.cpu_path import CpuPath
-from segpipe.inference.jobs import BlockJob, BlockResult, ComputePath, Delivery, TileRef
+from segpipe.inference.jobs import BlockJob, ComputePath, Delivery, TileRef
 from segpipe.inference.memory import keep_freed_pages
+from segpipe.inference.result import BlockResult
 from segpipe.inference.torch_path import TorchPath
 
 __all__ = ["BlockResult", "Engine", "EngineConfig", "EngineStats"]
@@ -127,9 +128,8 @@ class Engine:
         self.start()
         try:
             self._path.stage(job)
-        except (
-            Exception
-        ) as error:  # the device's memory is full, for one: this block's fault, not the caller's
+        except Exception as error:
+            # The device's memory is full, for one: this block's fault, not the caller's.
             job.future.set_exception(error)
             return job.future
         with self._condition:

@@ -12,22 +12,12 @@ import numpy as np
 from segpipe.config.card import IGNORE
 from segpipe.geometry.grid import TilePlan, TileSpan
 from segpipe.inference import kernels
+from segpipe.inference.result import BlockResult
 
 Array = np.ndarray[Any, Any]
 
 NO_DATA = IGNORE
 """Class byte of a pixel that is not valid."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlockResult:
-    """Classes of one block."""
-
-    mask: Array
-    """uint8 (out_height, out_width): class index, 255 = no data."""
-    tiles_computed: int
-    tiles_empty: int
-    """Tiles without a valid pixel in their cell: they cost no forward pass."""
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +84,8 @@ class TileRef:
 
 
 Done = Callable[[Exception | None], None]
+Delivery = Callable[[], Array]
+"""Waits, outside the engine thread, until a block's mask is whole, and returns it."""
 
 
 class ComputePath(Protocol):
@@ -123,9 +115,3 @@ class ComputePath(Protocol):
 
     def close(self) -> None:
         """Wait for the batches on their way, then release threads and memory."""
-
-
-class Delivery(Protocol):
-    """Waits, outside the engine thread, until a block's mask is whole."""
-
-    def __call__(self) -> Array: ...

@@ -19,7 +19,6 @@ from segpipe.config.card import ModelCard
 from segpipe.inference.blend import ramp
 from segpipe.inference.config import EngineConfig
 from segpipe.inference.jobs import NO_DATA, BlockJob, Done, TileRef
-from segpipe.inference.memory import keep_freed_pages
 from segpipe.inference.network import Forward, first_call, prepare_network
 
 Array = np.ndarray[Any, Any]
@@ -60,7 +59,6 @@ class TorchPath:
 
     def start(self) -> None:
         """See `ComputePath`."""
-        keep_freed_pages()
         config = self._config
         if not self._cuda:
             torch.set_num_threads(config.threads)

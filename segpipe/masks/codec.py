@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -70,10 +71,15 @@ def decode_mask(data: bytes) -> Array:
     return _unfilter(rows, packed)
 
 
-def mask_shape(data: bytes) -> tuple[int, int]:
-    """Return height and width from the header of a mask PNG, without unpacking it. Raises DamagedMask."""
-    kind, body = next(_chunks(data), (b"", b""))
-    return _parse_header(kind, body)
+def check_mask(data: bytes) -> tuple[int, int]:
+    """Return height and width of a mask PNG that is whole by its checksums, without unpacking it.
+
+    Fast, and finds any changed byte. Raises DamagedMask.
+    """
+    chunks = _chunks(data)
+    size = _parse_header(*next(chunks))
+    deque(chunks, maxlen=0)
+    return size
 
 
 def _filtered_bands(mask: Array) -> Iterator[Array]:
@@ -101,21 +107,23 @@ def _chunk(kind: bytes, body: bytes) -> list[bytes]:
     return [struct.pack(">I", len(body)), kind, body, struct.pack(">I", checksum)]
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (kind, body) of the chunks up to IEND, each with its checksum checked."""
+def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield (kind, body) of the chunks up to IEND, each with its checksum checked; nothing may follow it."""
     if data[: len(_SIGNATURE)] != _SIGNATURE:
         raise _damaged("it does not begin as a PNG")
-    at = len(_SIGNATURE)
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
+    view, at = memoryview(data), len(_SIGNATURE)
+    while at + 12 <= len(view):
+        (length,) = struct.unpack_from(">I", view, at)
         end = at + 12 + length
-        if end > len(data):
+        if end > len(view):
             break
-        kind, body = data[at + 4 : at + 8], data[at + 8 : end - 4]
-        if struct.unpack_from(">I", data, end - 4)[0] != zlib.crc32(body, zlib.crc32(kind)):
+        kind, body = bytes(view[at + 4 : at + 8]), view[at + 8 : end - 4]
+        if struct.unpack_from(">I", view, end - 4)[0] != zlib.crc32(body, zlib.crc32(kind)):
             raise _damaged(f"a checksum is wrong at byte {at}")
         yield kind, body
         if kind == b"IEND":
+            if end < len(view):
+                raise _damaged(f"{len(view) - end} bytes follow its end")
             return
         at = end
     raise _damaged(f"it is cut off after {len(data)} bytes")
@@ -128,7 +136,7 @@ def _parse(data: bytes) -> tuple[int, int, bytes]:
     return height, width, b"".join(body for kind, body in chunks if kind == b"IDAT")
 
 
-def _parse_header(kind: bytes, body: bytes) -> tuple[int, int]:
+def _parse_header(kind: bytes, body: memoryview) -> tuple[int, int]:
     if kind != b"IHDR" or len(body) != _HEADER.size:
         raise _damaged("its header is not where it belongs")
     width, height, *layout = _HEADER.unpack(body)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from segpipe.errors import CheckError, ObjectMissing, SegpipeError, StorageError
+from segpipe.errors import CheckError, ObjectMissing, SegpipeError, StorageError, first_line
 from segpipe.storage import Storage
 
 _WHOLE_OBJECT_BYTES: Final = 8 << 20  # smaller objects are fetched in one request
@@ -34,8 +34,7 @@ def explain_damage(where: str) -> Iterator[None]:
 
 def damaged(error: BaseException, where: str) -> CheckError:
     """Return the CheckError that says what a reader complained about, on one line."""
-    lines = str(error).splitlines()
-    what = f"the object is damaged ({lines[0][:200] if lines else type(error).__name__})"
+    what = f"the object is damaged ({first_line(error, 200)})"
     fix = "Put a whole copy back. A mask object may be deleted: the run's own command writes it again."
     return CheckError(what, where, fix)
 
@@ -67,5 +66,5 @@ def open_parquet(
             if size_bytes <= _WHOLE_OBJECT_BYTES:
                 source = pa.BufferReader(storage.read(key))
             else:
-                source = storage.open_range(key, size_bytes=size_bytes)
+                source = storage.open_range(key)
         return pq.ParquetFile(source, page_checksum_verification=check_pages, pre_buffer=not check_pages)

@@ -14,9 +14,9 @@ from typing import Any, Final
 from segpipe.errors import CheckError
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.damage import explain_damage
-from segpipe.masks.plan import PlanPart, PlanScene, block_sizes_px, load_part
+from segpipe.masks.plan import PlanPart, PlanScene, block_sizes_px
 from segpipe.masks.read import iter_plan
-from segpipe.masks.run import RunInfo, plan_key
+from segpipe.masks.run import plan_key
 from segpipe.storage import Storage
 
 MISSING: Final = "missing"
@@ -225,7 +225,6 @@ def part_scenes(part: PlanPart) -> Iterator[PlanScene]:
 class PartCount:
     """What the plan alone says of one part."""
 
-    scenes: int
     units: int
     rows: int
     pixels: int
@@ -238,7 +237,7 @@ def count_part(part: PlanPart, ledger: Ledger | None = None, superseded: Set[str
     Raises CheckError where a scene's units are not those that packing gives.
     """
     packer = UnitPacker(part.facts.unit_px, part.facts.tile_px)
-    rows = pixels = scenes = 0
+    rows = pixels = 0
     for scene in part_scenes(part):
         sizes = block_sizes_px(scene.grid(part.facts))
         span = packer.add(sizes)
@@ -249,15 +248,10 @@ def count_part(part: PlanPart, ledger: Ledger | None = None, superseded: Set[str
                 plan_key(part.part),
             )
         blocks, scene_px = max(1, len(sizes)), sum(sizes)
-        scenes, rows, pixels = scenes + 1, rows + blocks, pixels + scene_px
+        rows, pixels = rows + blocks, pixels + scene_px
         if ledger is not None:
             ledger.add_scene(scene, scene.source.scene_id in superseded)
             ledger.planned.add_blocks(blocks, scene_px, scene.header.pixel_m if scene.header else None)
     if ledger is not None:
         ledger.planned.units += packer.num_units
-    return PartCount(scenes, packer.num_units, rows, pixels)
-
-
-def open_part(storage: Storage, part: int, info: RunInfo) -> PlanPart:
-    """Read one part of the plan; CheckError when it is damaged."""
-    return load_part(storage, part, info.facts)
+    return PartCount(packer.num_units, rows, pixels)

@@ -132,8 +132,9 @@ def part_num_units(storage: Storage, part: int) -> int:
     file = open_parquet(storage, plan_key(part))
     if file.metadata.num_rows == 0:
         return 0
-    last = file.read_row_group(file.num_row_groups - 1, columns=["first_unit", "units"]).to_pylist()[-1]
-    return int(last["first_unit"] + last["units"])
+    with explain_damage(storage.uri(plan_key(part))):
+        last = file.read_row_group(file.num_row_groups - 1, columns=["first_unit", "units"]).to_pylist()[-1]
+        return int(last["first_unit"] + last["units"])
 
 
 def encode_part(scenes: Sequence[PlanScene], extra_schema: Any = None) -> bytes:

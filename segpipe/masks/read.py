@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from segpipe.config.card import IGNORE
-from segpipe.errors import ObjectMissing, SceneError
+from segpipe.errors import CheckError, ObjectMissing, SceneError
 from segpipe.geometry.grid import Window
 from segpipe.masks.codec import decode_mask
-from segpipe.masks.damage import explain_damage, open_parquet
+from segpipe.masks.damage import damaged, explain_damage, open_parquet
 from segpipe.masks.run import plan_key, unit_key
 from segpipe.masks.schema import COUNT_COLUMNS, FAILED
 from segpipe.storage import Storage
@@ -86,8 +86,14 @@ def _load_pngs(storage: Storage, part: int, unit: int) -> Any:
     return read_columns(storage, unit_key(part, unit), ("mask",))["mask"]
 
 
-def _decode(pngs: Callable[[int, int], Any], part: int, unit: int, index: int) -> Any:
-    return decode_mask(pngs(part, unit)[index].as_py())
+def _decode(storage: Storage, pngs: Callable[[int, int], Any], part: int, unit: int, index: int) -> Any:
+    png = pngs(part, unit)[index].as_py()
+    try:
+        if png is None:
+            raise CheckError(f"row {index} has no mask")
+        return decode_mask(png)
+    except CheckError as error:
+        raise damaged(error, storage.uri(unit_key(part, unit))) from error
 
 
 class MaskReader:
@@ -101,7 +107,7 @@ class MaskReader:
         # No methods of self: a reader that is let go is freed at once, with the masks that it keeps.
         self._rows = lru_cache(maxsize=cached_units)(partial(_load_unit, storage))
         pngs = lru_cache(maxsize=cached_units)(partial(_load_pngs, storage))
-        self._mask = lru_cache(maxsize=cached_units)(partial(_decode, pngs))
+        self._mask = lru_cache(maxsize=cached_units)(partial(_decode, storage, pngs))
 
     def read(
         self, scene: SceneUnits, window: Window, scene_size: tuple[int, int] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from segpipe.errors import CheckError, ObjectMissing
 from segpipe.geometry.georef import shift
 from segpipe.geometry.grid import Window
-from segpipe.masks.codec import decode_mask, mask_shape
+from segpipe.masks.codec import check_mask, decode_mask
 from segpipe.masks.damage import explain_damage, open_parquet
 from segpipe.masks.ledger import DAMAGED, MISSING, SUPERSEDED, Tally
 from segpipe.masks.plan import PlanPart, PlanScene
@@ -29,8 +28,6 @@ from segpipe.storage import Storage
 
 _REWRITE_BYTES: Final = 64 << 20  # larger ones are nearly all masks, which carry their own checksums
 _MASK_ROWS: Final = 4  # masks that are in memory at a time
-_PNG_START: Final = 8  # after the signature
-_PNG_FRAME: Final = 12  # length, kind and checksum of a chunk
 _NO_WINDOW: Final = Window(0, 0, 0, 0)
 
 
@@ -228,32 +225,15 @@ class UnitChecker:
             return
         if png is None:
             raise CheckError(f"status {row['status']} without a mask")
-        if not self._full:
-            _check_png(png, row)
+        mask = decode_mask(png) if self._full else None
+        shape = check_mask(png) if mask is None else mask.shape
+        if shape != (row["height"], row["width"]):
+            raise CheckError(f"the mask is {shape}, the window ({row['height']}, {row['width']})")
+        if mask is None:
             return
-        mask = decode_mask(png)
-        if mask.shape != (row["height"], row["width"]):
-            raise CheckError(f"the mask is {mask.shape}, the window ({row['height']}, {row['width']})")
         class_px, _ = class_counts(mask, self._info.card.num_classes)
         if class_px.tolist() != row["class_px"]:
             raise CheckError(f"the mask holds {class_px.tolist()} pixels a class, class_px {row['class_px']}")
-
-
-def _check_png(png: bytes, row: dict[str, Any]) -> None:
-    """Check size and checksums of a mask PNG without unpacking it: fast, and finds any changed byte."""
-    if mask_shape(png) != (row["height"], row["width"]):
-        raise CheckError(f"the mask is {mask_shape(png)}, the window ({row['height']}, {row['width']})")
-    data, at, kind = memoryview(png), _PNG_START, b""
-    while kind != b"IEND":
-        if at + _PNG_FRAME > len(data):
-            raise CheckError(f"the mask is cut off after {len(data)} bytes")
-        stop = at + _PNG_FRAME + int.from_bytes(data[at : at + 4], "big")
-        kind = bytes(data[at + 4 : at + 8])
-        if zlib.crc32(data[at + 4 : stop - 4]) != int.from_bytes(data[stop - 4 : stop], "big"):
-            raise CheckError(f"a checksum of the mask is wrong at byte {at}")
-        at = stop
-    if at != len(data):
-        raise CheckError(f"{len(data) - at} bytes follow the mask's end")
 
 
 def expected_rows(part: PlanPart, unit: int) -> Iterator[Expected]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from segpipe.errors import CheckError, ObjectMissing
-from segpipe.masks.ledger import DAMAGED, MISSING, Ledger, Named, Replacements, Totals, count_part, open_part
-from segpipe.masks.plan import PlanPart
+from segpipe.masks.ledger import DAMAGED, MISSING, Ledger, Named, Replacements, Totals, count_part
+from segpipe.masks.plan import PlanPart, load_part
 from segpipe.masks.run import (
     SUCCESS_KEY,
     RunInfo,
@@ -71,6 +71,8 @@ class Verification:
     """Objects that are there and not whole, with the reason."""
     unplanned: Named = field(default_factory=Named)
     """Objects among the masks that no part of the plan names."""
+    plan_damaged: bool = False
+    """Whether a part of the plan is among the damaged: its scenes cannot be told without it."""
     totals: Totals = field(default_factory=Totals)
     """What the plan and the listing say; ``_SUCCESS`` must say the same."""
     success: SuccessState = "absent"
@@ -179,10 +181,12 @@ class _Verifier:
                 self._find("damaged", key, "this part of the plan is gone")
                 continue
             try:
-                self._planned_units[number] = count_part(open_part(self._storage, number, self._info)).units
+                part = load_part(self._storage, number, self._info.facts)
+                self._planned_units[number] = count_part(part).units
                 good.append(number)
             except CheckError as error:
                 self._find("damaged", key, error.what)
+        self._result.plan_damaged = bool(self._result.damaged.count)
         return good
 
     def _listing(self) -> Iterator[tuple[int | None, Iterator[ObjectInfo]]]:
@@ -199,7 +203,7 @@ class _Verifier:
 
     def _check_part(self, number: int, objects: Iterator[ObjectInfo]) -> None:
         superseded = self._replacements.of(number)
-        part = open_part(self._storage, number, self._info)
+        part = load_part(self._storage, number, self._info.facts)
         count = count_part(part, self._result.ledger, superseded)
         sizes = np.full(count.units, _ABSENT, np.int64)
         for info in objects:

@@ -101,7 +101,7 @@ def encode_unit(rows: Sequence[Row], schema: Any) -> bytes:
 
 
 def _leaf_names(schema: Any) -> list[str]:
-    """Return the Parquet column paths of a flat-ish schema (lists and structs one level deep)."""
+    """Return the Parquet column paths of a schema whose lists and structs may nest."""
     names: list[str] = []
     for field in schema:
         names += _leaves(field.name, field.type)

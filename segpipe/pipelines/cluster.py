@@ -75,7 +75,7 @@ class RayExecutor:
         def inspect_chunk(chunk: Sequence[SceneSource]) -> list[PlanScene]:
             return list(inspect_sources(chunk, config, card))
 
-        for scenes in self._map_tasks(inspect_chunk, chunks):
+        for scenes in self.map_ordered(inspect_chunk, chunks):
             yield from scenes
 
     def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[PartUnits]) -> Iterator[UnitResult]:
@@ -138,9 +138,6 @@ class RayExecutor:
         return Isolation(setup, pool, units).results()
 
     def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        return self._map_tasks(function, items)
-
-    def _map_tasks(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
         task = ray.remote(num_cpus=1, max_retries=3)(function)
         limit = 2 * max(1, self.hardware.cpus)
         waiting: deque[Any] = deque()

@@ -21,8 +21,8 @@ from typing import Any, Final, Literal
 
 import segpipe
 from segpipe.errors import CheckError, IncompleteError, InputError, ObjectMissing, StorageRefused
-from segpipe.masks.ledger import Named, Replacements, count_part, open_part, part_scenes
-from segpipe.masks.plan import PlanPart, PlanScene
+from segpipe.masks.ledger import Named, Replacements, count_part, part_scenes
+from segpipe.masks.plan import PlanPart, PlanScene, load_part
 from segpipe.masks.read import iter_plan
 from segpipe.masks.run import RunInfo, done_units, list_parts, require_run
 from segpipe.masks.scene_masks import StoredUnit
@@ -166,7 +166,7 @@ class _Run:
             raise IncompleteError("nothing is planned yet", self._storage.root, "Run its command again.")
         scenes = units = missing = 0
         for number in self._parts:
-            part = open_part(self._storage, number, self._info)
+            part = load_part(self._storage, number, self._info.facts)
             count = count_part(part)
             units += count.units
             missing += count.units - sum(done_units(self._storage, number, count.units))
@@ -196,7 +196,7 @@ class _Run:
     def tasks(self) -> Iterator[_Task]:
         """Iterate over the work in plan order."""
         for number in self._parts:
-            part = open_part(self._storage, number, self._info)
+            part = load_part(self._storage, number, self._info.facts)
             replaced = self._replacements.of(number)
             done = done_units(self._storage, number, part.num_units)
             group: list[PlanScene] = []

@@ -9,9 +9,10 @@ from segpipe import errors
 
 
 def encode_fault(error: Exception) -> str:
-    """Return the error as JSON: class and arguments of one of ours, else what it is and its traceback."""
+    """Return the error as JSON: nearest public class and arguments of ours, else its kind and traceback."""
     if isinstance(error, errors.SegpipeError):
-        return json.dumps({"class": type(error).__name__, "args": list(map(str, error.args))})
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        return json.dumps({"class": kind.__name__, "args": list(map(str, error.args))})
     lines = traceback.format_exception(error)
     return json.dumps({"class": None, "args": [f"{type(error).__name__}: {error}", "".join(lines)]})
 

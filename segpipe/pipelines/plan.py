@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
-from segpipe.errors import SceneError
+from segpipe.errors import CheckError, ObjectMissing, SceneError
 from segpipe.geometry.resolution import choose_downsample, is_coarser
 from segpipe.geometry.units import UnitPacker
-from segpipe.masks.damage import open_parquet
+from segpipe.masks.damage import explain_damage, open_parquet
 from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_part
 from segpipe.masks.read import SceneUnits, iter_plan
 from segpipe.masks.run import FAILURES_KEY, Facts, list_parts, plan_key
@@ -177,12 +178,12 @@ def known_scenes(storage: Storage, parts: Sequence[int]) -> Iterator[tuple[str, 
 
 
 def _gone_scenes(storage: Storage) -> set[tuple[str, int]]:
-    """(scene_id, part) by the reports of the run so far; none where there are no reports yet."""
-    if storage.stat(FAILURES_KEY) is None:
-        return set()
+    """(scene_id, part) by the reports of the run so far; none where those are not there, or damaged."""
     found = set()
-    for batch in open_parquet(storage, FAILURES_KEY).iter_batches(columns=["scene_id", "part", "error_kind"]):
-        columns = batch.to_pydict()
-        rows = zip(columns["scene_id"], columns["part"], columns["error_kind"], strict=True)
-        found |= {(scene_id, part) for scene_id, part, kind in rows if kind == "not_found"}
+    with suppress(ObjectMissing, CheckError), explain_damage(storage.uri(FAILURES_KEY)):
+        file = open_parquet(storage, FAILURES_KEY)
+        for batch in file.iter_batches(columns=["scene_id", "part", "error_kind"]):
+            columns = batch.to_pydict()
+            rows = zip(columns["scene_id"], columns["part"], columns["error_kind"], strict=True)
+            found |= {(scene_id, part) for scene_id, part, kind in rows if kind == "not_found"}
     return found

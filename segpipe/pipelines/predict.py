@@ -93,13 +93,15 @@ class Outcome:
     deferred: list[str] = field(default_factory=list)
     """Why units were not committed: the first few reasons."""
     bug: bool = False
+    damaged: bool = False
+    """Whether units were not committed because a stored object that they need is damaged."""
 
     @property
     def exit_code(self) -> int:
         if self.bug:
             return 1
         if self.missing:
-            return 3
+            return 4 if self.damaged else 3
         # A quotient, for 0.29 * 100 is less than 29.
         return 5 if self.failed_scenes and self.failed_scenes / self.scenes > self.max_fraction else 0
 
@@ -117,7 +119,7 @@ class DryRun:
     hardware: Hardware
 
 
-def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
+def make_job(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
     """Read the model card (or the run whose masks are scored) and make the recipe. Raises InputError."""
     if config.output is None:
         raise ConfigError("no output", "output", "Give --output URI.")
@@ -125,7 +127,7 @@ def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
         raise ConfigError("no input", "input.scenes", "Name scenes, folders, globs or a catalogue.")
     if masks_uri is not None:
         with nothing_written():
-            return _prepare_masks(config, masks_uri)
+            return _make_masks_job(config, masks_uri)
     if config.model is None:
         raise ConfigError("no model", "model", "Give --model URI of a model.safetensors.")
     with nothing_written():
@@ -135,7 +137,7 @@ def prepare(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
     return Job(config, card, sha256, recipe(config, card, sha256))
 
 
-def _prepare_masks(config: SegpipeConfig, masks_uri: str) -> Job:
+def _make_masks_job(config: SegpipeConfig, masks_uri: str) -> Job:
     """Read the run whose masks are scored; it must be finished, or holes would stand as failures for good."""
     if config.model is not None:
         raise ConfigError("--model and --masks exclude each other", "model", "Give one of them.")
@@ -221,7 +223,7 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
             executor.close()
 
 
-def dry_run(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
+def plan_job(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
     """Plan in memory and write nothing; Ray is started only to ask a cluster that is named."""
     storage = open_storage(job.output)
     named = job.config.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -356,6 +358,7 @@ def _consume(results: Iterator[Any], outcome: Outcome, events: Events) -> set[Un
             continue
         deferred.add((result.part, result.unit))
         outcome.bug = outcome.bug or result.bug
+        outcome.damaged = outcome.damaged or result.damaged
         if result.error not in outcome.deferred and len(outcome.deferred) < 5:
             outcome.deferred.append(result.error)
         if result.fatal:

@@ -7,14 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from segpipe.config.model import InputConfig
 from segpipe.errors import InputError, SceneError, SegpipeError
 from segpipe.geometry.grid import Block
+from segpipe.inference.result import BlockResult
 from segpipe.masks.plan import PlanScene
 from segpipe.masks.read import MaskReader
 from segpipe.masks.run import RunInfo
@@ -30,16 +30,6 @@ Value = TypeVar("Value")
 _OPEN_PER_THREAD = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Segmented:
-    """The classes of one block."""
-
-    mask: Any
-    """uint8 (height, width), 255 = no data."""
-    tiles_computed: int = 0
-    tiles_empty: int = 0
-
-
 class BlockSource(Protocol):
     """Gives the classes of blocks; ``start`` is called from read threads and may block on input."""
 
@@ -49,7 +39,7 @@ class BlockSource(Protocol):
     def block_bytes(self, scene: PlanScene, block: Block) -> int:
         """Bytes that the block holds in memory until its row is made."""
 
-    def start(self, scene: PlanScene, block: Block) -> Future[Segmented]:
+    def start(self, scene: PlanScene, block: Block) -> Future[BlockResult]:
         """Read what the block needs and return its classes to come. Raises SceneError."""
 
     def check_start(self) -> None:
@@ -102,7 +92,7 @@ class EngineSource:
         pixel_bytes = len(header.bands) * np.dtype(header.dtype).itemsize
         return block.read.num_px * (pixel_bytes + 1) + block.window.num_px
 
-    def start(self, scene: PlanScene, block: Block) -> Future[Segmented]:
+    def start(self, scene: PlanScene, block: Block) -> Future[BlockResult]:
         header, source = scene.header, scene.source
         assert header is not None
         key = f"{source.scene_id}\0{source.version_text}"
@@ -113,7 +103,7 @@ class EngineSource:
             except BaseException:
                 self._readers.drop(key)
                 raise
-            return self._engine.submit(pixels, valid, block.tiles)  # type: ignore[return-value]
+            return self._engine.submit(pixels, valid, block.tiles)
 
     def check_start(self) -> None:
         """See `BlockSource`. Other faults, such as a lost GPU, are of one process and not of the run."""
@@ -136,7 +126,7 @@ class MaskSource:
     def block_bytes(self, scene: PlanScene, block: Block) -> int:
         return 2 * block.window.num_px
 
-    def start(self, scene: PlanScene, block: Block) -> Future[Segmented]:
+    def start(self, scene: PlanScene, block: Block) -> Future[BlockResult]:
         header = scene.header
         assert header is not None
         if scene.masks is None:
@@ -148,8 +138,8 @@ class MaskSource:
             what = f"the run {self._storage.root} has no mask for {missing_px} pixels of the block"
             fix = f"Its scene failed there: see reports/failures.parquet of {self._storage.root}."
             raise SceneError("mask_missing", what, scene.source.where, fix)
-        future: Future[Segmented] = Future()
-        future.set_result(Segmented(mask))
+        future: Future[BlockResult] = Future()
+        future.set_result(BlockResult(mask))
         return future
 
     def check_start(self) -> None:

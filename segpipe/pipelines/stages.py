@@ -9,16 +9,17 @@ from segpipe.config.model import InputConfig
 from segpipe.errors import SceneError
 from segpipe.geometry.georef import shift
 from segpipe.geometry.grid import Block, Window
+from segpipe.inference.result import BlockResult
 from segpipe.masks.codec import encode_mask
 from segpipe.masks.plan import PlanScene
 from segpipe.masks.write import Counts, Row, mask_row
 from segpipe.metrics.counts import class_counts, confusion, to_pairs
-from segpipe.pipelines.segment import PerThread, Segmented
+from segpipe.pipelines.segment import PerThread
 from segpipe.rasters.georeference import footprint
 from segpipe.rasters.labels import LabelReader, open_label
 
 
-class Handles:
+class LabelReaders:
     """The label readers that the write threads keep open."""
 
     def __init__(self, config: InputConfig, card: ModelCard) -> None:
@@ -68,12 +69,18 @@ def base_row(scene: PlanScene, part: int, unit: int, window: Window | None = Non
 
 
 def finish_block(
-    base: Row, scene: PlanScene, block: Block, segmented: Segmented, handles: Handles, *, keep_mask: bool
+    base: Row,
+    scene: PlanScene,
+    block: Block,
+    segmented: BlockResult,
+    labels: LabelReaders,
+    *,
+    keep_mask: bool,
 ) -> Row:
     """Count, compare with the label and encode: the row of a block. Raises SceneError for a bad label."""
-    num_classes = handles.card.num_classes
+    num_classes = labels.card.num_classes
     mask = segmented.mask
-    label = handles.read_label(scene, block.window)
+    label = labels.read_label(scene, block.window)
     counts = None
     if label is not None:
         matrix = confusion(label, mask, num_classes)
@@ -86,10 +93,10 @@ def finish_block(
     return mask_row(base, block.window, png, class_counts(mask, num_classes)[0].tolist(), counts)
 
 
-def label_pixels(scene: PlanScene, block: Block, handles: Handles) -> int | None:
+def label_pixels(scene: PlanScene, block: Block, labels: LabelReaders) -> int | None:
     """Return the labelled pixels of a block that failed, so that no sheet drops out of a score unseen."""
     try:
-        label = handles.read_label(scene, block.window)
+        label = labels.read_label(scene, block.window)
     except SceneError:
         return None
     return None if label is None else int(np.count_nonzero(label != IGNORE))

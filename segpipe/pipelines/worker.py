@@ -7,14 +7,15 @@ this class, so what it computes does not depend on who called it.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from segpipe.config.model import InputConfig
 from segpipe.errors import (
+    CheckError,
     SceneError,
     SegpipeError,
     StorageError,
@@ -22,12 +23,13 @@ from segpipe.errors import (
     StorageRefused,
 )
 from segpipe.geometry.grid import Block
+from segpipe.inference.result import BlockResult
 from segpipe.masks.plan import PlanPart, PlanScene, UnitScene, load_part
 from segpipe.masks.run import RunInfo, unit_key
 from segpipe.masks.schema import FAILED, mask_schema
 from segpipe.masks.write import Row, encode_unit, failed_row
-from segpipe.pipelines.segment import BlockSource, Segmented, make_source
-from segpipe.pipelines.stages import Handles, base_row, finish_block, label_pixels
+from segpipe.pipelines.segment import BlockSource, make_source
+from segpipe.pipelines.stages import LabelReaders, base_row, finish_block, label_pixels
 from segpipe.storage import Storage, open_storage
 
 READ_THREADS = 2
@@ -67,6 +69,8 @@ class UnitResult:
     fatal: bool = False
     """Deferred by something that will stop every unit: storage that refuses, a full disk."""
     bug: bool = False
+    damaged: bool = False
+    """Deferred by a stored object that is not whole: a part of the plan, a mask that is scored."""
     device_failed: bool = False
     """Deferred by a fault of the GPU, which this process will meet with every unit."""
 
@@ -130,7 +134,7 @@ class Worker:
         # PNG and JPEG decode from the top: two readers on alternate bands would each decode everything.
         self._scan_pool = ThreadPoolExecutor(1, "segpipe-scan")
         self._write_pool = ThreadPoolExecutor(WRITE_THREADS, "segpipe-write")
-        self._handles = Handles(setup.input, self._info.card)
+        self._labels = LabelReaders(setup.input, self._info.card)
         self._parts: dict[int, PlanPart] = {}
         self._parts_lock = threading.Lock()
 
@@ -149,11 +153,12 @@ class Worker:
 
         Raises `SegpipeError` where the network cannot be made ready as the config wants it.
         """
-        waiting = deque(units)
+        waiting = iter(units)
         running: set[Future[UnitResult]] = set()
-        while waiting or running:
-            while waiting and len(running) < UNITS_IN_FLIGHT:
-                running.add(self._start(*waiting.popleft()))
+        while True:
+            running |= {self._start(*unit) for unit in islice(waiting, UNITS_IN_FLIGHT - len(running))}
+            if not running:
+                return
             ended, running = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 result = future.result()
@@ -225,7 +230,7 @@ class Worker:
         # The pixels are let go here, the mask when its row is made.
         mask_bytes = block.window.num_px
 
-        def on_done(done: Future[Segmented]) -> None:
+        def on_done(done: Future[BlockResult]) -> None:
             self._budget.release(num_bytes - mask_bytes)
             try:
                 self._write_pool.submit(self._guard, task, self._write_block, task, index, scene, block, done)
@@ -236,19 +241,17 @@ class Worker:
         future.add_done_callback(on_done)
 
     def _write_block(
-        self, task: _UnitTask, index: int, scene: PlanScene, block: Block, done: Future[Segmented]
+        self, task: _UnitTask, index: int, scene: PlanScene, block: Block, done: Future[BlockResult]
     ) -> None:
         base = base_row(scene, task.part, task.unit, block.window)
         try:
             segmented = done.result()
-            row = finish_block(
-                base, scene, block, segmented, self._handles, keep_mask=self._source.keeps_mask
-            )
+            row = finish_block(base, scene, block, segmented, self._labels, keep_mask=self._source.keeps_mask)
             with task.lock:
                 task.result.tiles += segmented.tiles_computed
                 task.result.tiles_empty += segmented.tiles_empty
         except SceneError as error:
-            label_px = label_pixels(scene, block, self._handles)
+            label_px = label_pixels(scene, block, self._labels)
             row = failed_row(base, block.window, error.kind, str(error), label_px)
         finally:
             self._budget.release(block.window.num_px)
@@ -317,6 +320,7 @@ def _deferred(result: UnitResult, error: BaseException) -> UnitResult:
     result.status = "deferred"
     result.error = str(error) or type(error).__name__
     result.fatal = isinstance(error, StorageRefused | StorageFull)
+    result.damaged = isinstance(error, CheckError)
     expected = isinstance(error, SegpipeError | CancelledError | OSError)
     if _is_out_of_memory(error):
         first_line = result.error.partition("\n")[0].removesuffix(".")

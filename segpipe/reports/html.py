@@ -29,20 +29,10 @@ _LABELS: Final = {
     "recipe_key": "recipe key",
     "model_sha256": "model sha256",
 }
-_MEASURED: Final = frozenset(
-    (
-        "scenes",
-        "blocks",
-        "missing",
-        "failures",
-        "pixels",
-        "km2",
-        "label_px",
-        "compared_px",
-        "scores",
-        "classes",
-    )
-) | {"uncounted_label_blocks"}
+_MEASURED: Final = {
+    *("scenes", "blocks", "missing", "failures", "pixels", "km2", "label_px", "compared_px"),
+    *("uncounted_label_blocks", "scores", "classes"),
+}
 
 
 def render_html(reports: Reports, classes: Sequence[ClassInfo], title: str = "Segmentation report") -> str:

@@ -14,6 +14,10 @@ _VERDICTS = {
     3: "Units are missing: the same command again computes them.",
     4: "Objects are damaged or not planned. Delete them and run the same command again to compute them anew.",
 }
+_PLAN_DAMAGED = (
+    "A part of the plan is damaged or gone. Put a whole copy back, and delete no masks before; "
+    "without a copy start anew with another --output."
+)
 
 _SUCCESS = {
     "right": None,
@@ -51,7 +55,7 @@ def render_ledger(verification: Verification, console: Console) -> None:
     note = _SUCCESS[verification.success]
     if note is not None and (verification.success == "wrong" or verification.complete):
         console.print(note)
-    console.print(_VERDICTS[verification.exit_code])
+    console.print(_PLAN_DAMAGED if verification.plan_damaged else _VERDICTS[verification.exit_code])
 
 
 def _cells(line: Line) -> list[str]:

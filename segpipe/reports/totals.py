@@ -60,9 +60,8 @@ class Totals:
         compared = table.select(_WORST_COLUMNS).filter(table["miou"].is_valid())
         order = np.argsort(compared["miou"].to_numpy(), kind="stable")[:NUM_WORST]
         # sorted is stable, so that of equal scenes the first in the plan is named
-        self.worst = sorted(self.worst + compared.take(order).to_pylist(), key=lambda row: row["miou"])[
-            :NUM_WORST
-        ]
+        known = self.worst + compared.take(order).to_pylist()
+        self.worst = sorted(known, key=lambda row: row["miou"])[:NUM_WORST]
 
     def add_failures(self, table: Any) -> None:
         room = NUM_FAILURES_SHOWN - len(self.failures)

@@ -226,17 +226,20 @@ class LocalStorage:
 
 
 class _PinnedFile(io.FileIO):
-    """A file that refuses to go on when its size or time is no longer the pinned one."""
+    """A file that refuses to go on when its size or time is no longer the pinned one.
+
+    ``etag`` None pins the version that is found on opening.
+    """
 
     def __init__(self, path: str, etag: str | None) -> None:
         super().__init__(path, "rb")
-        self._path, self._etag = path, etag
-        if etag is not None:
-            try:
-                _check_version(os.fstat(self.fileno()), etag, path)
-            except BaseException:
-                self.close()
-                raise
+        self._path = path
+        try:
+            self._etag = etag or _etag(os.fstat(self.fileno()))
+            self._check()
+        except BaseException:
+            self.close()
+            raise
 
     def readinto(self, buffer: bytearray) -> int | None:  # type: ignore[override]
         count = super().readinto(buffer)
@@ -249,8 +252,7 @@ class _PinnedFile(io.FileIO):
         return data or b""
 
     def _check(self) -> None:
-        if self._etag is not None:
-            _check_version(os.fstat(self.fileno()), self._etag, self._path)
+        _check_version(os.fstat(self.fileno()), self._etag, self._path)
 
 
 def _link_unnamed(folder: str, folder_descriptor: int, name: str, write: Writer) -> bool | None:

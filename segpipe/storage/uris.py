@@ -28,7 +28,8 @@ def normalize_root(uri: str) -> str:
     and a chain of several file systems.
     """
     if not uri or "\0" in uri:
-        raise InputError("an empty path", "", "Name a folder, a file or a URI such as s3://bucket/prefix.")
+        what = "a path with a zero byte" if uri else "an empty path"
+        raise InputError(what, "", "Name a folder, a file or a URI such as s3://bucket/prefix.")
     match = _SCHEME.match(uri)
     if match is None:
         if "://" in uri and _CHAIN.match(uri):

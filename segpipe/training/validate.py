@@ -46,7 +46,7 @@ def count_images(
         card,
         EngineConfig(
             tile_px=config.tile_px,
-            batch_size=default_batch_size(device, precision),
+            batch_size=default_batch_size(device),
             threads=threads,
             precision=precision,
             device=device,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archive import (
@@ -125,6 +126,47 @@ def test_masks_of_an_unfinished_run_are_refused(folder: Path) -> None:
     done = evaluate(folder, "run", "--masks", folder / "masks")
     done.refused(2, str(folder / "masks"), "unfinished", "1 of 1 unit")
     assert not (folder / "run").exists()
+
+
+def test_a_damaged_mask_is_named_and_all_others_are_scored(folder: Path) -> None:
+    model = folder / "model.safetensors"
+    ok(predict(folder / "in", model, folder / "masks", unit_px=10_000))
+    whole = ok(evaluate(folder, "whole", "--masks", folder / "masks", unit_px=10_000))
+    path = folder / "masks/masks/part-00000/unit-0000001.parquet"
+    good = path.read_bytes()
+    held = pq.read_table(path)
+    masks = [png[:-20] for png in held["mask"].to_pylist()]
+    index = held.schema.get_field_index("mask")
+    pq.write_table(held.set_column(index, held.schema.field(index), pa.array(masks, pa.binary())), path)
+    done = evaluate(folder, "run", "--masks", folder / "masks", unit_px=10_000)
+    assert done.code == 4
+    assert f"not committed: {path}: the object is damaged" in done.err
+    assert "it is cut off after" in done.err
+    assert "1 of 2 units are missing" in done.err
+    path.write_bytes(good)
+    ok(evaluate(folder, "run", "--masks", folder / "masks", unit_px=10_000))
+    assert table(folder, "run", "confusion") == table(folder, "whole", "confusion")
+    assert whole.code == 0
+
+
+@pytest.mark.parametrize("name", ["plan/part-00000.parquet", "reports/failures.parquet"])
+def test_a_damaged_plan_is_named_and_damaged_reports_are_made_again(folder: Path, name: str) -> None:
+    model = folder / "model.safetensors"
+    (folder / "in/d.tif").write_bytes(b"no raster")
+    assert predict(folder / "in", model, folder / "masks").code == 5
+    path = folder / "masks" / name
+    path.write_bytes(path.read_bytes().replace(b"not_raster", b"not_rast\xff\xff").replace(b"PAR1", b"PAR0"))
+    done = predict(folder / "in", model, folder / "masks")
+    if name.startswith("plan"):
+        done.refused(4, str(path), "the object is damaged", "Put a whole copy back")
+        verified = run("verify", folder / "masks")
+        assert verified.code == 4
+        assert "A part of the plan is damaged or gone. Put a whole copy back" in " ".join(
+            verified.out.split()
+        )
+    else:
+        assert done.code == 5
+        assert len(table(folder, "masks", "failures")) == 1
 
 
 def test_scores_of_scores_are_refused(folder: Path) -> None:

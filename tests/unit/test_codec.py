@@ -4,7 +4,9 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
 from segpipe.errors import CheckError
-from segpipe.masks.codec import _BAND_BYTES, DamagedMask, decode_mask, encode_mask, mask_shape
+from segpipe.masks.codec import _BAND_BYTES, DamagedMask, check_mask, decode_mask, encode_mask
 
 
 def buildings(height: int, width: int) -> np.ndarray:
@@ -44,7 +46,7 @@ def test_masks_come_back_as_they_were(shape: tuple[int, int]) -> None:
     decoded = decode_mask(data)
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, mask)
-    assert mask_shape(data) == shape
+    assert check_mask(data) == shape
 
 
 def test_pillow_and_rasterio_open_the_png_with_the_same_pixels() -> None:
@@ -110,18 +112,24 @@ def test_every_png_filter_is_read(filter_type: int) -> None:
         np.testing.assert_array_equal(decode_mask(data), np.asarray(image))
 
 
-def test_a_png_cut_off_anywhere_is_damaged() -> None:
+@pytest.mark.parametrize("look", [decode_mask, check_mask])
+def test_a_png_cut_off_anywhere_or_with_more_behind_it_is_damaged(look: Callable[[bytes], Any]) -> None:
     data = encode_mask(buildings(30, 40))
     for stop in range(0, len(data), 7):
         with pytest.raises(DamagedMask, match=r"cut off|does not begin as a PNG"):
-            decode_mask(data[:stop])
+            look(data[:stop])
+    with pytest.raises(DamagedMask, match="4 bytes follow its end"):
+        look(data + b"more")
 
 
-def test_a_wrong_checksum_is_damaged_though_the_pixels_could_be_unpacked() -> None:
+@pytest.mark.parametrize("look", [decode_mask, check_mask])
+def test_a_wrong_checksum_is_damaged_though_the_pixels_could_be_unpacked(
+    look: Callable[[bytes], Any],
+) -> None:
     data = bytearray(encode_mask(buildings(30, 40)))
     data[-13] ^= 1  # last byte of the last IDAT's checksum
     with pytest.raises(DamagedMask, match="checksum"):
-        decode_mask(bytes(data))
+        look(bytes(data))
 
 
 @pytest.mark.parametrize(

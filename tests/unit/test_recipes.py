@@ -15,6 +15,7 @@ from segpipe.config.prepare import PrepareConfig, load_prepare
 from segpipe.config.train import TrainConfig, load_train
 from segpipe.datasets.coco_maps import map_categories
 from segpipe.datasets.layouts import make_layout
+from segpipe.errors import ConfigError
 from segpipe.models.families import build
 
 FOLDER = Path(__file__).parents[2] / "jobs/configs"
@@ -90,6 +91,11 @@ def test_no_two_commands_write_into_one_folder() -> None:
         outputs += [load_config(text, {}, (), path.name, part).output for part in ("predict", "evaluate")]
     assert None not in outputs
     assert len(set(outputs)) == len(outputs)
+
+
+def test_a_wrong_class_index_of_a_label_map_is_named_with_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"label_map\.b: must be a whole number \(got 'x'\)"):
+        load_prepare("{layout: folder, label_map: {a: 1, b: x}}", {}, (), "job.yaml")
 
 
 def test_splits_are_those_that_prepare_makes(recipe: Recipe) -> None:

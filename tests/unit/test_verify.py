@@ -381,6 +381,7 @@ def test_a_part_of_the_plan_that_is_gone_is_named_and_its_objects_are_unplanned(
     found = verify_run(run.storage)
     assert found.damaged.first[0].startswith(plan_key(0))
     assert found.unplanned.first == [run.key(0)]
+    assert found.plan_damaged
 
 
 def test_units_that_do_not_follow_from_the_scenes_are_damage_of_the_plan(tmp_path: Path) -> None:
