@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+_MOST_KEPT: Final = 20
 
 
 def counted(count: int, noun: str) -> str:
@@ -17,3 +21,20 @@ def few(names: Sequence[str], most: int = 5, separator: str = ", ", total: int |
     """
     more = (len(names) if total is None else total) - min(len(names), most)
     return separator.join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(slots=True)
+class Named:
+    """A count, with the first few names: memory is bounded whatever the archive."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.first) < _MOST_KEPT:
+            self.first.append(name)
+
+    def text(self, most: int = 5) -> str:
+        """Return the first names and how many more there are."""
+        return few(self.first, most, total=self.count)

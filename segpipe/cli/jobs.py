@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from segpipe.cli.output import print_fields, print_json
 from segpipe.cli.progress import ProgressEvents
 from segpipe.config.load import load_config
 from segpipe.config.model import SegpipeConfig
@@ -67,15 +67,13 @@ def print_outcome(outcome: Outcome, *, as_json: bool, scores: bool) -> None:
 
     if as_json:
         tree = {
-            "schema_version": 1,
             "run": outcome.uri,
-            "exit_code": outcome.exit_code,
             "units": outcome.units,
             "computed": outcome.computed,
             "missing": outcome.missing,
             "summary": outcome.summary,
         }
-        print(json.dumps(tree))
+        print_json(tree, outcome.exit_code)
     else:
         if scores and outcome.summary.get("scores"):
             print_scores(outcome.summary, Console())
@@ -84,7 +82,7 @@ def print_outcome(outcome: Outcome, *, as_json: bool, scores: bool) -> None:
         print(f"not committed: {reason}", file=sys.stderr)
     if outcome.missing:
         print(
-            f"{outcome.missing} of {outcome.units} units are missing; the same command goes on",
+            f"{outcome.missing} of {counted(outcome.units, 'unit')} missing; the same command goes on",
             file=sys.stderr,
         )
     elif outcome.exit_code == 5:
@@ -111,7 +109,6 @@ def _result_line(outcome: Outcome) -> str:
 def _print_dry_run(plan: DryRun, as_json: bool) -> None:
     totals, facts, pool = plan.totals, plan.facts, plan.pool
     tree = {
-        "schema_version": 1,
         "scenes": totals.scenes,
         "scenes_planned_already": plan.known_scenes,
         "their_units_to_compute": plan.units_left,
@@ -123,7 +120,7 @@ def _print_dry_run(plan: DryRun, as_json: bool) -> None:
         "km2": round(totals.area_m2 / 1e6, 6),
         "source_bytes": totals.source_bytes,
         "validity": totals.validity,
-        "coarser_than_model": totals.num_coarser,
+        "coarser_than_model": totals.coarser.count,
         "workers": pool.workers,
         "cpus_per_worker": pool.cpus_per_worker,
         "gpus_per_worker": pool.gpus_per_worker,
@@ -135,19 +132,3 @@ def _print_dry_run(plan: DryRun, as_json: bool) -> None:
         "unit_px": facts.unit_px,
     }
     print_fields(tree, as_json)
-
-
-def print_fields(tree: dict[str, Any], as_json: bool) -> None:
-    """Print what a dry run found: a JSON object, or a line a field."""
-    if as_json:
-        print(json.dumps(tree))
-        return
-    width = max(map(len, tree))
-    for name, value in tree.items():
-        if name == "schema_version":
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value)) or "none"
-        print(f"{name:<{width}}  {value}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
+from segpipe.cli.output import print_json
 from segpipe.cli.progress import ProgressEvents
+from segpipe.wording import counted
 
 if TYPE_CHECKING:
     from segpipe.masks.verify import Finding
@@ -23,7 +24,7 @@ def verify_command(run: str, *, full: bool, as_json: bool) -> int:
     # Every finding is named as it is found; the tables at the end keep the first few.
     verification = verify_run(open_storage(run), full=full, on_finding=_print_finding)
     if as_json:
-        print(json.dumps(verification.to_json()))
+        print_json(verification.to_json(), verification.exit_code)
     else:
         render_ledger(verification, Console())
     return verification.exit_code
@@ -54,12 +55,12 @@ def report_command(run: str, *, executor: str, as_json: bool) -> int:
     finally:
         workers.close()
     if as_json:
-        print(json.dumps({"schema_version": 1, "run": run, "missing": missing, "summary": summary}))
+        print_json({"run": run, "missing": missing, "summary": summary})
         return 0
     if summary.get("scores"):
         print_scores(summary, Console())
     if missing:
-        print(f"the run is unfinished: {missing} of {total} units are missing", file=sys.stderr)
+        print(f"the run is unfinished: {missing} of {counted(total, 'unit')} missing", file=sys.stderr)
     print(f"report: {run}/reports/report.html")
     return 0
 
@@ -72,7 +73,7 @@ def export_command(
 
     result = export_run(run, output, scenes_glob=scenes, partial=partial, workers=workers)
     if as_json:
-        print(json.dumps(result.to_json()))
+        print_json(result.to_json(), result.exit_code)
         return result.exit_code
     there = f", {result.already_there} were there already" if result.already_there else ""
     print(f"{result.exported} GeoTIFFs written to {output}{there}")

@@ -18,12 +18,12 @@ from segpipe.masks.plan import PlanPart, PlanScene, block_sizes_px
 from segpipe.masks.read import iter_plan
 from segpipe.masks.run import plan_key
 from segpipe.storage import Storage
+from segpipe.wording import Named
 
 MISSING: Final = "missing"
 DAMAGED: Final = "damaged"
 SUPERSEDED: Final = "superseded"
 
-MAX_NAMED: Final = 20
 """Most names that a list of findings keeps; the rest is counted."""
 
 _SCENES_AT_A_TIME: Final = 1000
@@ -114,19 +114,6 @@ class Tally:
     blocks: int
     pixels: int
     pixel_m: float | None
-
-
-@dataclass(slots=True)
-class Named:
-    """A count, with the first few names."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if len(self.first) < MAX_NAMED:
-            self.first.append(name)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from segpipe.errors import CheckError, ObjectMissing
-from segpipe.masks.ledger import DAMAGED, MISSING, Ledger, Named, Replacements, Totals, count_part
+from segpipe.masks.ledger import DAMAGED, MISSING, Ledger, Replacements, Totals, count_part
 from segpipe.masks.plan import PlanPart, load_part
 from segpipe.masks.run import (
     SUCCESS_KEY,
@@ -28,6 +28,7 @@ from segpipe.masks.run import (
 from segpipe.masks.threads import map_in_order
 from segpipe.masks.unit_check import UnitChecker, UnitReport
 from segpipe.storage import ObjectInfo, Storage
+from segpipe.wording import Named
 
 FindingKind = Literal["missing", "damaged", "unplanned"]
 SuccessState = Literal["right", "absent", "outdated", "wrong"]

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 
 import segpipe
 from segpipe.errors import CheckError, IncompleteError, InputError, ObjectMissing, StorageRefused
-from segpipe.masks.ledger import Named, Replacements, count_part, part_scenes
+from segpipe.masks.ledger import Replacements, count_part, part_scenes
 from segpipe.masks.plan import PlanPart, PlanScene, load_part
 from segpipe.masks.read import iter_plan
 from segpipe.masks.run import RunInfo, done_units, list_parts, require_run
@@ -30,6 +30,7 @@ from segpipe.masks.schema import EMPTY, OK
 from segpipe.masks.threads import map_in_order
 from segpipe.rasters.cog import CogSpec, category_names, full, scratch_bytes, write_cog
 from segpipe.storage import Storage, open_storage
+from segpipe.wording import Named, counted
 
 EXPORT_FORMAT: Final = 1
 """Raised when an export of the same masks becomes another file."""
@@ -173,7 +174,7 @@ class _Run:
             scenes += self._count_scenes(number)
         if missing and not partial:
             raise IncompleteError(
-                f"{missing} of {units} units are missing",
+                f"{missing} of {counted(units, 'unit')} missing",
                 self._storage.root,
                 "Run its command again to finish it, or export what is done with --partial.",
             )

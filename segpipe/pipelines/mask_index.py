@@ -10,9 +10,9 @@ from segpipe.masks.read import SceneUnits, iter_plan
 from segpipe.masks.run import list_parts
 from segpipe.rasters.scene import SceneSource
 from segpipe.storage import Storage
+from segpipe.wording import Named
 
 _LOOKUPS_AT_ONCE: Final = 500
-_NAMED: Final = 5
 
 
 class MaskIndex:
@@ -23,9 +23,7 @@ class MaskIndex:
     """
 
     def __init__(self, storage: Storage) -> None:
-        self.num_other_version = 0
-        self.other_version: list[str] = []
-        """The first few of them."""
+        self.other_version = Named()
         # An empty name is a private file that SQLite deletes; the driver's thread alone uses it.
         self._database = sqlite3.connect("", check_same_thread=False)
         self._database.execute(
@@ -50,9 +48,7 @@ class MaskIndex:
             for scene_id, part, first_unit, units, version in self._database.execute(query, asked):
                 found[scene_id] = SceneUnits(scene_id, part, first_unit, units)
                 if version.split(";")[0] != versions[scene_id]:
-                    self.num_other_version += 1
-                    if len(self.other_version) < _NAMED:
-                        self.other_version.append(scene_id)
+                    self.other_version.add(scene_id)
         return found
 
     def close(self) -> None:

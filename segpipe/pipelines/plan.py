@@ -20,7 +20,7 @@ from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage
-from segpipe.wording import counted
+from segpipe.wording import Named, counted
 
 Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]
 FindMasks = Callable[[Sequence[SceneSource]], dict[str, SceneUnits]]
@@ -57,11 +57,9 @@ class PlanTotals:
     scene_px: int = 0
     area_m2: float = 0.0
     source_bytes: int = 0
-    coarser: list[str] = field(default_factory=list)
-    num_coarser: int = 0
+    coarser: Named = field(default_factory=Named)
     validity: dict[str, int] = field(default_factory=dict)
-    extra_bands: list[str] = field(default_factory=list)
-    num_extra_bands: int = 0
+    extra_bands: Named = field(default_factory=Named)
 
     def add(self, scene: PlanScene, facts: Facts) -> None:
         self.scenes += 1
@@ -80,11 +78,9 @@ class PlanTotals:
             self.area_m2 += header.height * header.width * header.pixel_m**2
         self.validity[header.valid_source] = self.validity.get(header.valid_source, 0) + 1
         if scene.coarser_than_model:
-            self.num_coarser += 1
-            self.coarser = [*self.coarser, scene.source.scene_id][:5]
+            self.coarser.add(scene.source.scene_id)
         if header.num_bands - header.num_alpha_bands > len(header.bands):
-            self.num_extra_bands += 1
-            self.extra_bands = [*self.extra_bands, scene.source.scene_id][:5]
+            self.extra_bands.add(scene.source.scene_id)
 
 
 def plan_part(scenes: Iterable[PlanScene], facts: Facts, totals: PlanTotals) -> list[PlanScene]:

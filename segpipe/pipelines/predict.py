@@ -55,7 +55,7 @@ from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage, open_storage, read_uri
 from segpipe.versions import versions_of
-from segpipe.wording import counted
+from segpipe.wording import Named, counted
 
 _PACKAGES = ("segpipe", "torch", "torchvision", "ray", "pyarrow", "rasterio", "numpy")
 
@@ -211,12 +211,8 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
             totals = make_plan(storage, scenes, info.facts, inspect, events, index.find if index else None)
             _announce(totals, scenes, events)
             if index is not None:
-                _warn_of(
-                    index.num_other_version,
-                    index.other_version,
-                    "whose file is not the one that the masks were made from",
-                    events,
-                )
+                what = "whose file is not the one that the masks were made from"
+                _warn_of(index.other_version, what, events)
                 index.close()
             return _complete(job, storage, info, pool, executor, events)
         finally:
@@ -298,22 +294,14 @@ def _announce(totals: PlanTotals, scenes: SceneList, events: Events) -> None:
     if scenes.num_known:
         known = counted(scenes.num_known, "scene")
         events.message(f"{known} planned already, {totals.scenes} new or changed")
-    for count, names, what in (
-        (totals.num_coarser, totals.coarser, "with pixels more than 1.5 x coarser than the model's"),
-        (
-            totals.num_extra_bands,
-            totals.extra_bands,
-            "with more bands than the model takes, of which the first are used",
-        ),
-    ):
-        _warn_of(count, names, what, events)
+    _warn_of(totals.coarser, "with pixels more than 1.5 x coarser than the model's", events)
+    what = "with more bands than the model takes, of which the first are used"
+    _warn_of(totals.extra_bands, what, events)
 
 
-def _warn_of(count: int, names: Sequence[str], what: str, events: Events) -> None:
-    """Warn of scenes, the first few by name."""
-    if count:
-        more = f" and {count - len(names)} more" if count > len(names) else ""
-        events.warning(f"{counted(count, 'scene')} {what}: {', '.join(names)}{more}")
+def _warn_of(scenes: Named, what: str, events: Events) -> None:
+    if scenes.count:
+        events.warning(f"{counted(scenes.count, 'scene')} {what}: {scenes.text()}")
 
 
 def _complete(

@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from segpipe.masks.ledger import Line, Named
+from segpipe.masks.ledger import Line
 from segpipe.masks.verify import Verification
+from segpipe.wording import Named
 
 _VERDICTS = {
     0: "The run is whole.",
@@ -43,11 +44,11 @@ def render_ledger(verification: Verification, console: Console) -> None:
     if sources:
         console.print(f"Scenes by what says which pixels are data: {sources}.")
     if ledger.superseded_scenes:
-        console.print(f"{ledger.superseded_scenes:,} scenes were replaced by newer versions of themselves.")
-    _print_named(console, "scenes are more than 1.5 x coarser than the model", ledger.coarser)
-    _print_named(console, "units are missing", verification.missing)
-    _print_named(console, "objects are damaged", verification.damaged)
-    _print_named(console, "objects are not in the plan", verification.unplanned)
+        console.print(f"Scenes replaced by newer versions of themselves: {ledger.superseded_scenes:,}.")
+    _print_named(console, "Scenes more than 1.5 x coarser than the model", ledger.coarser)
+    _print_named(console, "Missing units", verification.missing)
+    _print_named(console, "Damaged objects", verification.damaged)
+    _print_named(console, "Objects that are not in the plan", verification.unplanned)
     if verification.parts == 0:
         console.print("No part of the plan is there yet.")
     if not ledger.balanced:
@@ -68,7 +69,7 @@ def _cells(line: Line) -> list[str]:
 def _print_named(console: Console, what: str, named: Named) -> None:
     if named.count == 0:
         return
-    console.print(f"{named.count:,} {what}:")
+    console.print(f"{what}: {named.count:,}")
     for name in named.first:
         console.print(f"  {escape(name)}", soft_wrap=True)
     if named.count > len(named.first):

@@ -345,7 +345,7 @@ def test_a_fault_of_storage_that_may_pass_commits_nothing_of_its_unit(
         done = predict(scenes, model, tmp_path / "run", unit_px=7000)
     assert done.code == 3
     assert "not committed: b.tif: the connection was reset" in done.err
-    assert "1 of 3 units are missing" in done.err
+    assert "1 of 3 units missing" in done.err
     assert "same command" in done.err
     assert not (tmp_path / "run/_SUCCESS").exists()
     assert run("verify", tmp_path / "run").code == 3
@@ -378,7 +378,7 @@ def test_a_lack_of_memory_is_no_bug_and_no_failed_scene(
         done = predict(scenes, model, tmp_path / "run")
     assert (done.code, objects(tmp_path / "run")) == (code, {})
     assert words in done.err
-    assert "1 of 1 units are missing" in done.err
+    assert "1 of 1 unit missing" in done.err
     ok(predict(scenes, model, tmp_path / "run"))
 
 

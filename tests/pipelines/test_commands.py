@@ -138,7 +138,7 @@ def test_report_tells_what_an_unfinished_run_has(tmp_path: Path, scenes: Path, m
     for key in (lost, "_SUCCESS"):
         (tmp_path / "run" / key).unlink()
     done = ok(run("report", tmp_path / "run"))
-    assert "1 of 6 units are missing" in done.err
+    assert "1 of 6 units missing" in done.err
     assert not (tmp_path / "run/_SUCCESS").exists()
     index = pq.read_table(tmp_path / "run/index/part-00000.parquet").to_pylist()
     assert len({row["object"] for row in index}) == 5

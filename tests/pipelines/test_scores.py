@@ -142,7 +142,7 @@ def test_a_damaged_mask_is_named_and_all_others_are_scored(folder: Path) -> None
     assert done.code == 4
     assert f"not committed: {path}: the object is damaged" in done.err
     assert "it is cut off after" in done.err
-    assert "1 of 2 units are missing" in done.err
+    assert "1 of 2 units missing" in done.err
     path.write_bytes(good)
     ok(evaluate(folder, "run", "--masks", folder / "masks", unit_px=10_000))
     assert table(folder, "run", "confusion") == table(folder, "whole", "confusion")
