@@ -23,7 +23,7 @@ class StderrLines(Events):
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
-        self._last_line_s = 0.0
+        self._last_line_s = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -38,6 +38,16 @@ class StderrLines(Events):
 
     def warning(self, text: str) -> None:
         self._print(f"warning: {text}")
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Show how far work is of which nothing but the count is told."""
+        signals.check()
+        if self._bar is None:
+            self._open_bar(what, total)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif self._due():
+            self._print(f"{what}: {done} of {total}")
 
     def _due(self) -> bool:
         """Whether the last line that asked this is long enough ago for another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from segpipe.cli.progress import ProgressEvents
 from segpipe.wording import counted
 
 if TYPE_CHECKING:
-    from segpipe.masks.verify import Finding
+    from segpipe.pipelines.export import SceneExport
 
 
 def verify_command(run: str, *, full: bool, as_json: bool) -> int:
@@ -21,18 +22,19 @@ def verify_command(run: str, *, full: bool, as_json: bool) -> int:
     from segpipe.reports.ledger import render_ledger
     from segpipe.storage import open_storage
 
-    # Every finding is named as it is found; the tables at the end keep the first few.
-    verification = verify_run(open_storage(run), full=full, on_finding=_print_finding)
+    with ProgressEvents() as events:
+        # Every finding is named as it is found; the tables at the end keep the first few.
+        verification = verify_run(
+            open_storage(run),
+            full=full,
+            on_progress=functools.partial(events.count, "units checked"),
+            on_finding=lambda finding: events.message(f"{finding.kind}: {finding}"),
+        )
     if as_json:
         print_json(verification.to_json(), verification.exit_code)
     else:
         render_ledger(verification, Console())
     return verification.exit_code
-
-
-def _print_finding(finding: Finding) -> None:
-    reason = f": {finding.reason}" if finding.reason else ""
-    print(f"{finding.kind}: {finding.key}{reason}", file=sys.stderr)
 
 
 def report_command(run: str, *, executor: str, as_json: bool) -> int:
@@ -71,22 +73,35 @@ def export_command(
     """Write the GeoTIFFs; 0 done (what was left out is named), 4 damaged objects or files in the way."""
     from segpipe.pipelines.export import export_run
 
-    result = export_run(run, output, scenes_glob=scenes, partial=partial, workers=workers)
+    with ProgressEvents() as events:
+
+        def tell(scene: SceneExport) -> None:
+            if scene.reason:
+                events.message(f"{scene.outcome}: {scene.scene_id}: {scene.reason}")
+
+        result = export_run(
+            run,
+            output,
+            scenes_glob=scenes,
+            partial=partial,
+            workers=workers,
+            on_progress=functools.partial(events.count, "scenes"),
+            on_scene=tell,
+        )
     if as_json:
         print_json(result.to_json(), result.exit_code)
         return result.exit_code
-    there = f", {result.already_there} were there already" if result.already_there else ""
-    print(f"{result.exported} GeoTIFFs written to {output}{there}")
+    there = f", {result.already_there} already there" if result.already_there else ""
+    print(f"{counted(result.exported, 'GeoTIFF')} written to {output}{there}")
     for named, what in (
-        (result.failed, "left out: they have failed blocks"),
+        (result.failed, "left out: failed blocks"),
         (result.incomplete, "left out: not all of their blocks are done"),
-        (result.damaged, "left out: an object of theirs is damaged"),
+        (result.damaged, "left out: a damaged object"),
         (
             result.conflict,
             "left as they are: files of other masks are there (delete them, or give another --output)",
         ),
     ):
         if named.count:
-            more = f"\n  and {named.count - len(named.first)} more" if named.count > len(named.first) else ""
-            print("\n  ".join([f"{named.count} scenes {what}:", *named.first]) + more, file=sys.stderr)
+            print(f"{counted(named.count, 'scene')} {what}: {named.text()}", file=sys.stderr)
     return result.exit_code

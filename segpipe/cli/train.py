@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from typing import Any
 
 from segpipe.cli import signals
-from segpipe.cli.jobs import print_fields, read_text
+from segpipe.cli.jobs import read_text
+from segpipe.cli.output import print_fields, print_json
 from segpipe.cli.progress import StderrLines, format_duration
 from segpipe.config.train import load_train
 from segpipe.training.events import TrainEvents
@@ -78,7 +78,6 @@ def _print_plan(plan: TrainPlan, as_json: bool) -> None:
     job, pool = plan.job, plan.pool
     config, dataset = job.config, job.dataset
     tree = {
-        "schema_version": 1,
         "family": job.card.family,
         "bands": list(job.card.bands),
         "classes": [info.name for info in job.card.classes],
@@ -100,7 +99,7 @@ def _print_plan(plan: TrainPlan, as_json: bool) -> None:
 
 def _print_trained(trained: Trained, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"schema_version": 1, **asdict(trained)}))
+        print_json(asdict(trained))
         return
     early = ", stopped early" if trained.stopped_early else ""
     print(f"{counted(trained.steps, 'step')} of {trained.total_steps}{early}")

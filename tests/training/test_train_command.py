@@ -69,6 +69,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     cpus = {name: plan.pop(name) for name in ("device", "cpus_per_worker")}
     assert plan == {
         "schema_version": 1,
+        "exit_code": 0,
         "family": "unet",
         "bands": ["red", "green", "blue"],
         "classes": ["ground", "red", "blue"],
