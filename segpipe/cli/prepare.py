@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
 
 from segpipe.cli.jobs import read_text
+from segpipe.cli.output import print_json
 from segpipe.cli.progress import ProgressEvents
 from segpipe.config.prepare import PrepareConfig, load_prepare
 from segpipe.errors import ConfigError
@@ -57,7 +57,6 @@ def _print_plan(config: PrepareConfig, as_json: bool) -> None:
     for shard in shards:
         samples[shard.split] += len(shard.refs)
     tree = {
-        "schema_version": 1,
         "layout": config.layout,
         "shards": len(shards),
         "samples": samples.total(),
@@ -65,7 +64,7 @@ def _print_plan(config: PrepareConfig, as_json: bool) -> None:
         "source_bytes": sum(ref.size_bytes for shard in shards for ref in shard.refs),
     }
     if as_json:
-        print(json.dumps(tree))
+        print_json(tree)
         return
     print(f"{counted(samples.total(), 'sample')} in {counted(len(shards), 'shard')}")
     for name, count in samples.items():
@@ -75,7 +74,7 @@ def _print_plan(config: PrepareConfig, as_json: bool) -> None:
 def _print_prepared(done: Prepared, as_json: bool) -> None:
     tree = done.dataset
     if as_json:
-        print(json.dumps({"schema_version": 1, "output": done.output, "written": done.written, **tree}))
+        print_json({"output": done.output, "written": done.written, **tree})
         return
     splits = ", ".join(f"{name} {split['samples']}" for name, split in tree["splits"].items())
     print(f"{counted(tree['samples'], 'sample')} ({splits}), {counted(done.written, 'shard')} written now")
