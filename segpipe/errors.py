@@ -15,6 +15,8 @@ SegpipeError        1  a bug, or an error nobody classified
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 # Kinds are part of the stored format: append only, never rename.
@@ -22,9 +24,9 @@ ERROR_KINDS: Final = (
     "not_found",  # the scene's file is gone
     "not_raster",  # the content is no raster that we open (text, VRT, 0 bytes)
     "header",  # a raster whose header cannot be read
-    "limit",  # the header claims more than input.limits allow
+    "limit",  # the header claims more than the limits allow
     "decode",  # pixels cannot be decoded (truncated, CRC)
-    "bands",  # fewer bands than the model takes
+    "bands",  # fewer bands than are wanted
     "dtype",  # a pixel type that the model cannot take
     "valid_mask",  # the validity sidecar is missing, unreadable or of another size
     "scene_changed",  # another version than the plan's was found while reading
@@ -109,6 +111,15 @@ class SceneError(SegpipeError):
         super().__init__(what, where, fix)
         self.kind = kind
         self.args = (kind, what, where, fix)  # what pickle hands to __init__
+
+
+@contextmanager
+def nothing_written() -> Iterator[None]:
+    """Turn storage that refuses, or lacks an object, into wrong input: nothing is written yet (exit 2)."""
+    try:
+        yield
+    except (StorageRefused, ObjectMissing) as error:
+        raise InputError(error.what, error.where, error.fix or "Correct the path.") from error
 
 
 def first_line(error: BaseException, most_chars: int = 300) -> str:

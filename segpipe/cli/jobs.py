@@ -8,8 +8,8 @@ from segpipe.cli.output import print_fields, print_json
 from segpipe.cli.progress import ProgressEvents
 from segpipe.config.load import load_config
 from segpipe.config.model import SegpipeConfig
-from segpipe.errors import ConfigError
-from segpipe.pipelines.predict import DryRun, Outcome, make_job, nothing_written, plan_job, run_job
+from segpipe.errors import ConfigError, nothing_written
+from segpipe.pipelines.predict import DryRun, Outcome, make_job, plan_job, run_job
 from segpipe.storage import read_uri
 from segpipe.wording import counted
 

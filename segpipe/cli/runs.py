@@ -43,14 +43,14 @@ def report_command(run: str, *, executor: str, as_json: bool) -> int:
 
     from segpipe.config.load import load_config
     from segpipe.masks.run import require_run
-    from segpipe.pipelines.predict import start_executor
+    from segpipe.pipelines.executor import start_executor
     from segpipe.pipelines.report import make_reports
     from segpipe.reports.terminal import print_scores
     from segpipe.storage import open_storage
 
     storage = open_storage(run)
     info = require_run(storage)
-    workers = start_executor(load_config(None, {"cluster.executor": executor}, (), "flags"))
+    workers = start_executor(load_config(None, {"cluster.executor": executor}, (), "flags").cluster)
     try:
         with ProgressEvents() as events:
             summary, missing, total = make_reports(storage, info, workers, events)

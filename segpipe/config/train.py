@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, model_validator
 
 from segpipe.config.load import load_model_config
-from segpipe.config.model import Auto, PositiveInt, Section
+from segpipe.config.model import Auto, PlaceConfig, PositiveInt, Section
 from segpipe.config.prepare import SplitName
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -196,13 +196,9 @@ class TrackingConfig(Section):
     """Name of the MLflow experiment."""
 
 
-class TrainClusterConfig(Section):
-    """Where and how widely to train."""
+class TrainClusterConfig(PlaceConfig):
+    """Where and how widely to train; executor local = one worker."""
 
-    executor: Literal["ray", "local"] = "ray"
-    """ray, or local = one worker in this process."""
-    address: str | None = None
-    """Address of a Ray cluster; none: RAY_ADDRESS, else Ray starts in-process on loopback."""
     workers: Auto | PositiveInt | tuple[PositiveInt, PositiveInt] = "auto"
     """Workers, or [least, most]: as many as the cluster has; auto = one per GPU, else one."""
     threads_per_worker: Auto | PositiveInt = "auto"

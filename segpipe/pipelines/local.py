@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 from segpipe.masks.plan import PlanScene
 from segpipe.masks.threads import map_in_order
 from segpipe.pipelines.plan import inspect_source
-from segpipe.pipelines.resources import Hardware, Pool, this_machine
+from segpipe.pipelines.resources import Pool, this_machine
 from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
 from segpipe.rasters.scene import SceneSource
@@ -20,32 +20,6 @@ Value = TypeVar("Value")
 
 _HEADER_THREADS = 8
 _TABLE_THREADS = 4
-
-
-class Executor(Protocol):
-    """Where work is done. All iterators are consumed in the driver's thread."""
-
-    hardware: Hardware
-
-    def inspect(
-        self, sources: Sequence[SceneSource], config: SegpipeConfig, card: ModelCard
-    ) -> Iterable[PlanScene]:
-        """Read headers, in the order given."""
-
-    def run(self, setup: WorkerSetup, pool: Pool, tasks: Sequence[PartUnits]) -> Iterator[UnitResult]:
-        """Compute units; results come as they end. A unit whose worker died has no result."""
-
-    def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
-        """Compute units one a call, alone in a worker; one that ends it twice is written as failed."""
-
-    def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        """Apply a pure function to items, side by side, results in order, few of them held."""
-
-    def busy(self, workers: int, cpus: float, gpus: int) -> str | None:
-        """Return a line where workers of so many CPUs and GPUs each must wait for the work of others."""
-
-    def close(self) -> None:
-        """Stop all workers; nothing half-written stays behind."""
 
 
 class LocalExecutor:

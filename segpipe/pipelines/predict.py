@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,12 @@ import numpy as np
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig, as_tree
 from segpipe.config.recipe import masks_recipe, recipe, recipe_key
-from segpipe.errors import ConfigError, InputError, ObjectMissing, StorageError, StorageRefused
+from segpipe.errors import (
+    ConfigError,
+    InputError,
+    StorageError,
+    nothing_written,
+)
 from segpipe.inference.memory import return_freed_pages
 from segpipe.masks.plan import PART_SCENES, part_num_units
 from segpipe.masks.read import iter_plan
@@ -35,7 +39,8 @@ from segpipe.masks.run import (
 )
 from segpipe.models.header import read_card_bytes
 from segpipe.pipelines.events import Events
-from segpipe.pipelines.local import Executor, LocalExecutor
+from segpipe.pipelines.executor import Executor, start_executor
+from segpipe.pipelines.local import LocalExecutor
 from segpipe.pipelines.mask_index import MaskIndex
 from segpipe.pipelines.plan import Inspect, PlanTotals, known_scenes, make_plan, plan_part
 from segpipe.pipelines.report import make_reports
@@ -175,24 +180,6 @@ def _as_made(config: SegpipeConfig, masks: RunInfo) -> SegpipeConfig:
     return config.model_copy(update={"inference": config.inference.model_copy(update=changes)})
 
 
-@contextmanager
-def nothing_written() -> Iterator[None]:
-    """Turn storage that refuses, or lacks an object, into wrong input: nothing is written yet (exit 2)."""
-    try:
-        yield
-    except (StorageRefused, ObjectMissing) as error:
-        raise InputError(error.what, error.where, error.fix or "Correct the path.") from error
-
-
-def start_executor(config: SegpipeConfig, warn: Callable[[str], None] = lambda _: None) -> Executor:
-    """Start the executor that the config names; ``warn`` is told what it must wait for."""
-    if config.cluster.executor == "local":
-        return LocalExecutor()
-    from segpipe.pipelines.cluster import RayExecutor
-
-    return RayExecutor(config.cluster.address, warn)
-
-
 def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
     """Make the run whole: plan what is new, compute what is missing, write index, reports and _SUCCESS.
 
@@ -200,7 +187,7 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
     """
     storage = open_storage(job.output)
     with _scenes(job, need_labels, events) as scenes:
-        executor = start_executor(job.config, events.warning)
+        executor = start_executor(job.config.cluster, events.warning)
         try:
             with nothing_written():
                 facts, pool, hardware = _resolve(job, storage, executor.hardware)
@@ -223,7 +210,7 @@ def plan_job(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
     """Plan in memory and write nothing; Ray is started only to ask a cluster that is named."""
     storage = open_storage(job.output)
     named = job.config.cluster.address or os.environ.get("RAY_ADDRESS")
-    executor = start_executor(job.config, events.warning) if named else LocalExecutor()
+    executor = start_executor(job.config.cluster, events.warning) if named else LocalExecutor()
     totals = PlanTotals()
     try:
         with _scenes(job, need_labels, events) as scenes, nothing_written():

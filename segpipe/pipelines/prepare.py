@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from segpipe.config.model import ClusterConfig, PlaceConfig, SegpipeConfig
 from segpipe.config.prepare import PrepareConfig
 from segpipe.datasets.dataset_file import DATASET_KEY, dataset_tree, read_dataset, to_json, with_licence
 from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef
@@ -15,12 +14,12 @@ from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
 from segpipe.datasets.shards import ShardMeta
 from segpipe.datasets.write import Fault, ShardTask, fault_of, make_shard, of_another_kind
-from segpipe.errors import ConfigError, InputError, SceneError
+from segpipe.errors import ConfigError, InputError, SceneError, nothing_written
 from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser, is_finer
 from segpipe.masks.run import RUN_KEY
 from segpipe.pipelines.events import Events
-from segpipe.pipelines.local import Executor
-from segpipe.pipelines.predict import nothing_written, start_executor
+from segpipe.pipelines.executor import Executor, start_executor
+from segpipe.pipelines.local import LocalExecutor
 from segpipe.storage import Storage, open_storage
 from segpipe.wording import counted, few
 
@@ -48,7 +47,7 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
     storage = open_storage(config.output)
     with nothing_written():
         layout = make_layout(config)
-    executor = _start(config.cluster)
+    executor = start_executor(config.cluster, events.warning)
     try:
         with nothing_written():
             shards, left_out = _plan(config, layout, executor)
@@ -131,17 +130,12 @@ def _warn_of_pixel_sizes(config: PrepareConfig, tree: dict[str, Any], events: Ev
 
 def plan_prepare(config: PrepareConfig) -> list[ShardPlan]:
     """List and plan, and write nothing; headers are read in this process."""
-    executor = _start(PlaceConfig(executor="local"))
+    executor = LocalExecutor()
     try:
         with nothing_written():
             return _plan(config, make_layout(config), executor)[0]
     finally:
         executor.close()
-
-
-def _start(place: PlaceConfig) -> Executor:
-    cluster = ClusterConfig(executor=place.executor, address=place.address)
-    return start_executor(SegpipeConfig(cluster=cluster))
 
 
 def _plan(config: PrepareConfig, layout: Layout, executor: Executor) -> tuple[list[ShardPlan], int]:

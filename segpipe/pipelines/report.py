@@ -24,7 +24,7 @@ from segpipe.masks.read import iter_plan, read_counts
 from segpipe.masks.run import FAILURES_KEY, SUCCESS_KEY, RunInfo, index_key, list_parts, list_units, unit_key
 from segpipe.masks.schema import INDEX_FIELDS
 from segpipe.pipelines.events import Events
-from segpipe.pipelines.local import Executor
+from segpipe.pipelines.executor import Executor
 from segpipe.reports.html import render_html
 from segpipe.reports.tables import BufferedWriter, ReportBuilder, Reports, parquet_bytes, summary_json
 from segpipe.reports.totals import Planned

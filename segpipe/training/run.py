@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from segpipe.config.card import ModelCard
-from segpipe.config.model import ClusterConfig, SegpipeConfig
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.prepared import PreparedDataset, open_dataset
-from segpipe.errors import ConfigError, InputError
+from segpipe.errors import ConfigError, InputError, nothing_written
 from segpipe.models.families import build_of
 from segpipe.models.file import empty_model
-from segpipe.pipelines.local import Executor, LocalExecutor
-from segpipe.pipelines.predict import nothing_written, start_executor
+from segpipe.pipelines.executor import start_executor
+from segpipe.pipelines.local import LocalExecutor
 from segpipe.storage import Storage, open_storage
 from segpipe.storage.uris import normalize_root
 from segpipe.training.checkpoint import list_checkpoints
@@ -158,7 +157,7 @@ def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
     config = job.config
     _check_classes(job, events)
     named = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    executor = _start(config, events.warning) if named else LocalExecutor()
+    executor = start_executor(config.cluster, events.warning) if named else LocalExecutor()
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
@@ -182,7 +181,7 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
     config = job.config
     storage = open_storage(job.output)
     _check_classes(job, events)
-    executor = _start(config, events.warning)
+    executor = start_executor(config.cluster, events.warning)
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
@@ -220,11 +219,6 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     if weights is not None:
         changes["init"] = config.init.model_copy(update={"weights": normalize_root(weights)})
     return config.model_copy(update=changes)
-
-
-def _start(config: TrainConfig, warn: Callable[[str], None]) -> Executor:
-    cluster = ClusterConfig(executor=config.cluster.executor, address=config.cluster.address)
-    return start_executor(SegpipeConfig(cluster=cluster), warn)
 
 
 def _adopted(job: TrainJob, pool: TrainPool, storage: Storage, events: TrainEvents) -> TrainRun:
