@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from segpipe.config.card import ModelCard
+from segpipe.config.card import IGNORE, ModelCard
 from segpipe.inference import kernels
 from segpipe.inference.blend import Canvas
 from segpipe.inference.config import EngineConfig
-from segpipe.inference.jobs import NO_DATA, BlockJob, Done, TileRef
+from segpipe.inference.jobs import BlockJob, Done, TileRef
 from segpipe.inference.network import Forward, first_call, prepare_network
 from segpipe.pages import block_zeros
 
@@ -98,7 +98,7 @@ class CpuPath:
         image_HWN, pixels_NHW = np.zeros((2, 2, bands), np.float32), np.zeros((bands, 2, 2), self._card.dtype)
         self._fill(image_HWN, pixels_NHW, np.ones((2, 2), np.uint8), 0, 0, (2, 2), 1)
         kernels.any_valid(scratch_HW, 0, 1, 0, 1)
-        kernels.mark_invalid(scratch_HW, scratch_HW, 0, 0, NO_DATA)
+        kernels.mark_invalid(scratch_HW, scratch_HW, 0, 0, IGNORE)
 
     def stage(self, job: BlockJob) -> None:
         """See `ComputePath`: the pixels are where they are needed."""
@@ -207,7 +207,7 @@ class CpuPath:
                 mask_HW = block_zeros((plan.out_height, plan.out_width), np.uint8)
                 kernels.spread_classes(state.classes, plan.downsample, mask_HW)
             if valid_HW is not None:
-                kernels.mark_invalid(mask_HW, valid_HW, plan.row_off, plan.col_off, NO_DATA)
+                kernels.mark_invalid(mask_HW, valid_HW, plan.row_off, plan.col_off, IGNORE)
             return mask_HW
 
         return deliver

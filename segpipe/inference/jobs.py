@@ -9,15 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from segpipe.config.card import IGNORE
 from segpipe.geometry.grid import TilePlan, TileSpan
 from segpipe.inference import kernels
 from segpipe.inference.result import BlockResult
 
 Array = np.ndarray[Any, Any]
-
-NO_DATA = IGNORE
-"""Class byte of a pixel that is not valid."""
 
 
 @dataclass(slots=True, eq=False)

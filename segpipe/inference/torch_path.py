@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from segpipe.config.card import ModelCard
+from segpipe.config.card import IGNORE, ModelCard
 from segpipe.inference.blend import ramp
 from segpipe.inference.config import EngineConfig
-from segpipe.inference.jobs import NO_DATA, BlockJob, Done, TileRef
+from segpipe.inference.jobs import BlockJob, Done, TileRef
 from segpipe.inference.network import Forward, first_call, prepare_network
 
 Array = np.ndarray[Any, Any]
@@ -204,7 +204,7 @@ class TorchPath:
             if state.valid_full is not None:
                 inside = state.valid_full[plan.row_off :, plan.col_off :]
                 inside = inside[: plan.out_height, : plan.out_width]
-                mask_HW = mask_HW.masked_fill(~inside, NO_DATA)
+                mask_HW = mask_HW.masked_fill(~inside, IGNORE)
             mask_HW = mask_HW.contiguous()
         if self._down is None or self._main is None:
             return mask_HW.numpy
