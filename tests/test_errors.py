@@ -43,7 +43,8 @@ def ends_of(tree: ast.Module, text: ast.expr) -> Iterator[str]:
     elif isinstance(text, ast.JoinedStr):
         yield from ends_of(tree, text.values[-1])
     elif isinstance(text, ast.FormattedValue):
-        yield f"{{{ast.unparse(text.value)}}}"
+        known = list(ends_of(tree, text.value)) if isinstance(text.value, ast.Name) else []
+        yield from known or [f"{{{ast.unparse(text.value)}}}"]
     elif isinstance(text, ast.BinOp):
         yield from ends_of(tree, text.right)
     elif isinstance(text, ast.IfExp):

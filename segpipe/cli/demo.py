@@ -37,7 +37,7 @@ def demo_command(output: str, *, executor: str) -> int:
     with ProgressEvents() as events:
         outcome = run_job(make_job(config), events, need_labels=True)
     if outcome.exit_code:
-        print_outcome(outcome, as_json=False, scores=True)
+        print_outcome(outcome, as_json=False)
         return outcome.exit_code
     code = export_command(run, f"{output}/geotiff", scenes=None, partial=False, workers=2, as_json=False)
     pictures = _draw(run, f"{output}/pictures", config.input)

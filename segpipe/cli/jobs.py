@@ -53,11 +53,11 @@ def run_command(
             _print_dry_run(plan_job(job, events, need_labels=need_labels), as_json)
             return 0
         outcome = run_job(job, events, need_labels=need_labels)
-    print_outcome(outcome, as_json=as_json, scores=need_labels or config.input.labels is not None)
+    print_outcome(outcome, as_json=as_json)
     return outcome.exit_code
 
 
-def print_outcome(outcome: Outcome, *, as_json: bool, scores: bool) -> None:
+def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
     """Print how a run ended: results on stdout, what to do about faults on stderr."""
     import sys
 
@@ -75,7 +75,7 @@ def print_outcome(outcome: Outcome, *, as_json: bool, scores: bool) -> None:
         }
         print_json(tree, outcome.exit_code)
     else:
-        if scores and outcome.summary.get("scores"):
+        if outcome.summary.get("scores"):
             print_scores(outcome.summary, Console())
         print(_result_line(outcome))
     for reason in outcome.deferred:

@@ -314,6 +314,7 @@ _REASONS: Final = {
     "greater_than": "more than {gt}",
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",
+    "too_short": "a list of at least {min_length}",
     "string_pattern_mismatch": "of the form {pattern}",
 }
 

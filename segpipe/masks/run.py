@@ -13,6 +13,7 @@ from segpipe.config.recipe import differences
 from segpipe.errors import InputError
 from segpipe.geometry.grid import Blend
 from segpipe.masks.schema import FORMAT
+from segpipe.rasters.scene_ids import RASTER_SUFFIXES, has_suffix
 from segpipe.storage import Storage
 
 RUN_KEY: Final = "run.json"
@@ -148,16 +149,23 @@ def adopt_or_create(storage: Storage, info: RunInfo) -> RunInfo:
     """Put run.json create-only, or adopt the one that is there when it has the same recipe key."""
     existing = read_run(storage)
     if existing is None:
-        refuse_data_set(storage)
+        refuse_other_folder(storage)
     if existing is None and not storage.put_if_absent(RUN_KEY, info.to_json()):
         existing = require_run(storage)
     return adopt(existing, info, storage.root)
 
 
-def refuse_data_set(storage: Storage) -> None:
-    """Raise InputError where the output is the folder of a prepared data set."""
+def refuse_other_folder(storage: Storage) -> None:
+    """Raise InputError where the output of a new run is a prepared data set, or a folder of images.
+
+    Once run.json lies there, inputs pass over the folder.
+    """
+    fix = "Choose another --output."
     if storage.stat("dataset.json") is not None:
-        raise InputError("the output holds a prepared data set", storage.root, "Choose another --output.")
+        raise InputError("the output holds a prepared data set", storage.root, fix)
+    first = (info.key for info in next(iter(storage.list()), []))
+    if image := next((key for key in first if has_suffix(key, RASTER_SUFFIXES)), None):
+        raise InputError(f"the output holds images that are no run's, such as {image}", storage.root, fix)
 
 
 def adopt(existing: RunInfo | None, info: RunInfo, where: str) -> RunInfo:

@@ -37,8 +37,9 @@ EXPORT_FORMAT: Final = 1
 
 _HEAD_BYTES: Final = 128 << 10  # a COG's tags lie before its tile offsets
 _MAX_WORKERS: Final = 8
+_KEY_TAG: Final = "SEGPIPE_EXPORT_KEY"
 
-Outcome = Literal["exported", "already_there", "failed", "incomplete", "damaged", "conflict"]
+SceneOutcome = Literal["exported", "already_there", "failed", "incomplete", "damaged", "conflict"]
 
 OnProgress = Callable[[int, int], None]
 """Called with (scenes done, scenes to do)."""
@@ -49,7 +50,7 @@ class SceneExport:
     """What became of one scene; ``reason`` says why it was left out."""
 
     scene_id: str
-    outcome: Outcome
+    outcome: SceneOutcome
     reason: str = ""
     pixels: int = 0
     object_bytes: int = 0
@@ -131,8 +132,8 @@ def export_run(
             "this run holds scores and no masks", storage.root, f"Export {info.masks_uri} instead."
         )
     output = open_storage(output_uri)
-    if output.root == storage.root:
-        raise InputError("the output is the run itself", storage.root, "Give another --output.")
+    if f"{output.root}/".startswith(f"{storage.root}/"):
+        raise InputError("the output lies in the run itself", output.root, "Give another --output.")
     run = _Run(storage, info, scenes_glob)
     total = run.check(partial)
     result = ExportResult(output.root)
@@ -273,10 +274,9 @@ class _Exporter:
         if not task.done:
             return SceneExport(scene_id, "incomplete", "units are missing")
         export_key = self._export_key(scene)
-        there = self._there(f"{scene_id}.tif", export_key)
+        there = self._there(scene_id, export_key)
         if there is not None:
-            reason = "" if there == "already_there" else "the file that is there was made from other masks"
-            return SceneExport(scene_id, there, reason)
+            return there
         try:
             return self._write_scene(scene, export_key, opened)
         except ObjectMissing as error:
@@ -295,12 +295,18 @@ class _Exporter:
         asked = [EXPORT_FORMAT, info.recipe_key, facts, source.scene_id, versions]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
-    def _there(self, key: str, export_key: str) -> Literal["already_there", "conflict"] | None:
+    def _there(self, scene_id: str, export_key: str) -> SceneExport | None:
+        """What a file of the scene's name is, where there is one."""
+        key = f"{scene_id}.tif"
         info = self._output.stat(key)
         if info is None:
             return None
         head = self._output.read_range(key, 0, min(info.size_bytes, _HEAD_BYTES))
-        return "already_there" if export_key.encode() in head else "conflict"
+        if export_key.encode() in head:
+            return SceneExport(scene_id, "already_there")
+        if _KEY_TAG.encode() in head:
+            return SceneExport(scene_id, "conflict", "the file that is there was made from other masks")
+        return SceneExport(scene_id, "conflict", "the file that is there is no export of segpipe")
 
     def _write_scene(self, scene: PlanScene, export_key: str, opened: _OpenUnit) -> SceneExport:
         scene_id, header = scene.source.scene_id, scene.header
@@ -339,7 +345,8 @@ class _Exporter:
             finally:
                 path.unlink(missing_ok=True)
         if not made:  # another export was quicker, of this run or of another
-            return SceneExport(scene_id, self._there(f"{scene_id}.tif", export_key) or "conflict")
+            there = self._there(scene_id, export_key)
+            return there or SceneExport(scene_id, "conflict", "class names of another model are there")
         return SceneExport(scene_id, "exported", "", num_px, object_bytes)
 
     def _put_names(self, key: str) -> bool:
@@ -350,7 +357,7 @@ class _Exporter:
         source, header = scene.source, scene.header
         tags = {
             "SEGPIPE_VERSION": segpipe.__version__,
-            "SEGPIPE_EXPORT_KEY": export_key,
+            _KEY_TAG: export_key,
             "SEGPIPE_RECIPE_KEY": self._info.recipe_key,
             "SEGPIPE_MODEL_SHA256": self._info.model_sha256,
             "SEGPIPE_SCENE_ID": source.scene_id,

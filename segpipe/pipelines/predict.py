@@ -35,6 +35,7 @@ from segpipe.masks.run import (
     done_units,
     list_parts,
     read_run,
+    refuse_other_folder,
     require_run,
 )
 from segpipe.models.header import read_card_bytes
@@ -148,6 +149,8 @@ def _make_masks_job(config: SegpipeConfig, masks_uri: str) -> Job:
         raise ConfigError("--model and --masks exclude each other", "model", "Give one of them.")
     storage = open_storage(masks_uri)
     masks = require_run(storage)
+    if config.output is not None and open_storage(config.output).root == storage.root:
+        raise ConfigError("the output is the run of --masks itself", "output", "Choose another --output.")
     if masks.masks_uri is not None:
         raise ConfigError("this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}.")
     missing, units = missing_units(storage)
@@ -215,7 +218,10 @@ def plan_job(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
     try:
         with _scenes(job, need_labels, events) as scenes, nothing_written():
             facts, pool, hardware = _resolve(job, storage, executor.hardware)
-            info = adopt(read_run(storage), _run_info(job, facts), storage.root)
+            existing = read_run(storage)
+            if existing is None:
+                refuse_other_folder(storage)
+            info = adopt(existing, _run_info(job, facts), storage.root)
             _check_start(job, info, hardware, storage.root)
             scenes.forget_known(known_scenes(storage, list_parts(storage)))
             inspect = _inspector(job, executor, info)
@@ -281,6 +287,9 @@ def _announce(totals: PlanTotals, scenes: SceneList, events: Events) -> None:
     if scenes.num_known:
         known = counted(scenes.num_known, "scene")
         events.message(f"{known} planned already, {totals.scenes} new or changed")
+    if scenes.num_same_file:
+        same = counted(scenes.num_same_file, "scene")
+        events.warning(f"{same} planned again with the same file: the label or validity mask is another one")
     _warn_of(totals.coarser, "with pixels more than 1.5 x coarser than the model's", events)
     what = "with more bands than the model takes, of which the first are used"
     _warn_of(totals.extra_bands, what, events)

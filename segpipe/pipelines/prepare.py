@@ -73,7 +73,9 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
         events.warning(f"classes that never occur in the labels: {few(absent)}")
     asked = {*config.split.fractions, *config.split.globs}
     if empty := sorted(asked - {shard.split for shard in shards}):
-        events.warning(f"splits without a sample: {few(empty)}")
+        by_ground = config.layout == "archive" and config.split.fractions
+        fix = "; a smaller split.grid_m gives the ground more cells" if by_ground else ""
+        events.warning(f"splits without a sample: {few(empty)}{fix}")
     _warn_of_pixel_sizes(config, tree, events)
     if not storage.put_if_absent(DATASET_KEY, to_json(tree)):
         tree = _adopted(storage, config, _look_at_output(storage, shards) or tree, written, events)

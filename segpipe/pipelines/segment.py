@@ -130,8 +130,9 @@ class MaskSource:
         header = scene.header
         assert header is not None
         if scene.masks is None:
-            what = f"the run {self._storage.root} has no masks of this scene"
-            raise SceneError("mask_missing", what, scene.source.where, "Predict it too, or leave it out.")
+            what = f"the run {self._storage.root} has no masks of a scene {scene.source.scene_id!r}"
+            fix = "Predict it too, or leave it out. Ids are paths below the input: name it as that run did."
+            raise SceneError("mask_missing", what, scene.source.where, fix)
         reader = self._readers.get("", lambda: MaskReader(self._storage))
         mask, missing_px = reader.read(scene.masks, block.window, (header.height, header.width))
         if missing_px:

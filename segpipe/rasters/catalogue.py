@@ -14,9 +14,9 @@ from segpipe.config.model import InputConfig
 from segpipe.errors import ConfigError, InputError
 from segpipe.rasters.catalogue_file import CatalogueFile, CatalogueRow, open_catalogue
 from segpipe.rasters.listing import (
-    RUN_FILE,
     Input,
     below,
+    is_run_file,
     is_scene_file,
     list_file_lines,
     list_objects,
@@ -83,6 +83,8 @@ class _Builder:
         inputs = _look_at_all(self.config.scenes)
         self.ranked = any(source.kind == "catalogue" for source in inputs)
         for rank, source in enumerate(inputs):
+            if self.output and f"{source.uri.rstrip('/')}/".startswith(self.output):
+                raise InputError("the input lies in the output", source.text, "Choose another --output.")
             before = self.spool.num_added
             self._add_input(source, rank)
             if self.spool.num_added == before:
@@ -116,12 +118,13 @@ class _Builder:
                 self._add_row(catalogue, row, source.base, rank)
 
     def _add_listing(self, source: Input, rank: int) -> None:
-        root = open_storage(source.base).root
+        storage = open_storage(source.base)
+        root = storage.root
         for page in list_objects(source):
             self.spool.add_objects(root, (info for info in page if self._may_be_sidecar(info)))
             for info in page:
                 uri = join_uri(root, info.key)
-                if info.key.rpartition("/")[2] == RUN_FILE:
+                if is_run_file(storage, info):
                     self.runs.append(uri.rpartition("/")[0])
                 elif is_scene_file(info.key, source) and not (self.output and uri.startswith(self.output)):
                     version = Version(info.size_bytes, info.etag)
@@ -184,7 +187,7 @@ class _Builder:
         """Take out runs, labels and masks among the listed files, then what was not picked."""
         for folder in self.runs:
             self._note(self.spool.drop_below(folder), f"below {folder}, the folder of a run")
-        self._refuse_none_left("all of it lies in folders that hold a run.json")
+        self._refuse_none_left(f"all of it lies in the folders of runs: {few(self.runs)}")
         self._note(self.spool.drop_named(), "named by the template of labels or masks")
         self._refuse_none_left("the template of labels or masks names the scenes themselves")
         self._note(self.spool.drop_unpicked(), "by input.include and input.exclude")

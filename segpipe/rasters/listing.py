@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from segpipe.errors import InputError
+from segpipe.errors import InputError, ObjectMissing
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import RASTER_SUFFIXES, SHARD_SUFFIXES, has_suffix
 from segpipe.rasters.shards import is_catalogue
 from segpipe.rasters.templates import without_dots
-from segpipe.storage import ObjectInfo, join_uri, open_object, open_storage, scheme_of, split_uri
+from segpipe.storage import ObjectInfo, Storage, join_uri, open_object, open_storage, scheme_of, split_uri
 
 SCENE_SUFFIXES: Final = RASTER_SUFFIXES + SHARD_SUFFIXES
 RUN_FILE: Final = "run.json"
 """The file that makes a folder the output of a run."""
+_RUN_FILE_BYTES: Final = 1 << 24
 
 Kind = Literal["listing", "object", "list_file", "catalogue"]
 
@@ -158,6 +160,17 @@ def is_scene_file(key: str, source: Input) -> bool:
     if not source.any_suffix and not has_suffix(key, SCENE_SUFFIXES):
         return False
     return source.matches(key)
+
+
+def is_run_file(storage: Storage, info: ObjectInfo) -> bool:
+    """Whether an object of a listing is the run.json of a run or a training: others may use that name."""
+    if info.key.rpartition("/")[2] != RUN_FILE or info.size_bytes > _RUN_FILE_BYTES:
+        return False
+    try:
+        tree = json.loads(storage.read(info.key))
+    except (ValueError, ObjectMissing):
+        return False
+    return isinstance(tree, dict) and "recipe_key" in tree
 
 
 def list_file_lines(source: Input) -> Iterator[str]:

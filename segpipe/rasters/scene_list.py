@@ -48,6 +48,8 @@ class SceneList:
         """Lines for the user: what was left out, and why."""
         self.num_known = 0
         """Scenes dropped by ``forget_known``: an existing plan has them in this version."""
+        self.num_same_file = 0
+        """Scenes to be planned again though their file is the planned one: label or validity mask differ."""
 
     def __enter__(self) -> SceneList:
         return self
@@ -91,6 +93,10 @@ class SceneList:
                 f"(SELECT 1 FROM known WHERE known.id = scene.id AND known.version = {_VERSION_TEXT})"
             )
             self.num_known += dropped.rowcount
+            self.num_same_file = run(
+                "SELECT count(*) FROM scene JOIN known ON known.id = scene.id AND "
+                "substr(known.version, 1, instr(known.version || ';', ';') - 1) = uri_size || ':' || uri_etag"
+            ).fetchone()[0]
 
     def pages(self, size: int = 10_000) -> Iterator[list[tuple[SceneSource, int | None]]]:
         """Lists of at most ``size`` (scene, replaces_part) in plan order; may be gone through again."""

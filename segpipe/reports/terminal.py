@@ -47,6 +47,8 @@ def _coverage(summary: Mapping[str, Any]) -> str:
     scenes = summary["scenes"]
     parts = [f"scenes: {format_count(scenes['all'])}"]
     parts += [f"{format_count(scenes[status])} {status}" for status in SCENE_STATUSES if scenes[status]]
+    if summary["scores"] is not None and scenes["labelled"] < scenes["all"]:
+        parts.append(f"{format_count(scenes['labelled'])} labelled")
     parts += [f"{kind}: {format_count(found['scenes'])}" for kind, found in summary["failures"].items()]
     return ", ".join(parts)
 

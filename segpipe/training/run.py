@@ -12,6 +12,7 @@ from segpipe.config.card import ModelCard
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.prepared import PreparedDataset, open_dataset
 from segpipe.errors import ConfigError, InputError, nothing_written
+from segpipe.masks.run import refuse_other_folder
 from segpipe.models.families import build_of
 from segpipe.models.file import empty_model
 from segpipe.pipelines.executor import start_executor
@@ -168,6 +169,8 @@ def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
     with nothing_written():
         if (there := read_train_run(storage)) is not None:
             adopt(there, make_recipe(config, job.dataset, job.init_sha256), storage.root)
+        else:
+            refuse_other_folder(storage)
         steps = list_checkpoints(storage)
     return TrainPlan(job, pool, steps[-1] if steps else 0)
 

@@ -11,7 +11,7 @@ from segpipe.config.recipe import differences, recipe_key
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.prepared import PreparedDataset
 from segpipe.errors import InputError
-from segpipe.masks.run import refuse_data_set
+from segpipe.masks.run import refuse_other_folder
 from segpipe.storage import Storage
 
 RUN_KEY: Final = "run.json"
@@ -118,7 +118,7 @@ def adopt_or_create(storage: Storage, run: TrainRun) -> TrainRun:
     """Put run.json create-only, or adopt the one that is there. `InputError` for another recipe."""
     there = read_train_run(storage)
     if there is None:
-        refuse_data_set(storage)
+        refuse_other_folder(storage)
         storage.put_if_absent(RUN_KEY, run.to_json())
         there = read_train_run(storage)  # also our own: what is read back is what every start sees
     assert there is not None

@@ -114,7 +114,8 @@ def test_a_changed_label_makes_a_new_version_of_its_scene_alone(tmp_path: Path, 
     ok(predict(tmp_path / "in", model, tmp_path / "run", *labels))
     write_label(tmp_path / "labels/a.tif", np.ones((40, 50), np.uint8))
     tell_changed(tmp_path / "labels/a.tif")
-    ok(predict(tmp_path / "in", model, tmp_path / "run", *labels))
+    done = ok(predict(tmp_path / "in", model, tmp_path / "run", *labels))
+    assert "1 scene planned again with the same file: the label or validity mask is another one" in done.err
     assert [(part, scene.source.scene_id) for part, scene in planned(tmp_path / "run")] == [
         (0, "a"), (0, "b"), (1, "a"),
     ]  # fmt: skip

@@ -227,7 +227,8 @@ def test_an_empty_label_in_a_catalogue_gives_no_counts_for_its_scene(folder: Pat
         writer.writerow(["in/a.tif", "labels/a.tif", "north"])
         writer.writerow(["in/b.tif", "", "south"])
     arguments = ("--model", folder / "model.safetensors", "--output", folder / "run", *local())
-    ok(run("evaluate", catalogue, *arguments))
+    done = ok(run("evaluate", catalogue, *arguments))
+    assert "scenes: 2, 2 ok, 1 labelled" in done.out
     found = {row["scene_id"]: row for row in rows(folder / "run", "scene_id", "label_px", "confusion")}
     assert set(found) == {"in/a", "in/b"}
     assert (found["in/b"]["label_px"], found["in/b"]["confusion"]) == (None, None)

@@ -59,6 +59,35 @@ def test_a_data_set_is_no_output_of_predict_and_train(folder: Path) -> None:
     assert sorted((folder / "data").rglob("*")) == before
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_folder_of_images_is_no_output_of_predict_and_train(
+    folder: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    write_scene(tmp_path / "images/deep/a.tif", 32, 32)
+    done = predict(folder / "in", folder / "model.safetensors", tmp_path / "images", *more)
+    done.refused(2, f"{tmp_path}/images", "images that are no run's, such as deep/a.tif")
+    train(folder, tmp_path / "images", *more).refused(2, "images that are no run's, such as deep/a.tif")
+    assert [path.name for path in (tmp_path / "images").rglob("*.*")] == ["a.tif"]
+
+
+def test_an_export_into_the_run_or_over_foreign_files_is_refused_and_leaves_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    run("export", folder / "run", "-o", folder / "run/masks").refused(2, "lies in the run itself")
+    write_scene(tmp_path / "s1.tif", 32, 32)
+    scene = (tmp_path / "s1.tif").read_bytes()
+    done = run("export", folder / "run", "-o", tmp_path)
+    assert done.code == 4
+    assert "conflict: s1: the file that is there is no export of segpipe" in done.err
+    assert (tmp_path / "s1.tif").read_bytes() == scene
+    assert len(list(tmp_path.glob("*.tif"))) == 4
+
+
+def test_scores_are_no_part_of_the_run_that_they_score(folder: Path) -> None:
+    words = ("--labels", f"{folder}/labels/{{stem}}.tif", "--masks", folder / "run", "-o", folder / "run")
+    run("evaluate", folder / "in", *words).refused(2, "the output is the run of --masks itself")
+
+
 @pytest.mark.parametrize("name", ["run", "trained"])
 def test_a_run_is_no_output_of_prepare(folder: Path, name: str) -> None:
     prepare(folder, folder / name).refused(2, "the output holds a run")

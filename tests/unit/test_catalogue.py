@@ -21,6 +21,8 @@ from segpipe.rasters.shards import read_label_member, read_member
 from segpipe.rasters.templates import parse_template
 from segpipe.storage import open_storage
 
+RUN = b'{"recipe_key": "0"}'
+
 # What an input means
 
 
@@ -80,15 +82,30 @@ def test_relative_and_file_urls_become_absolute_paths(
 
 
 def test_a_folder_with_a_run_in_it_and_the_output_are_passed_over(root: str) -> None:
-    put(root, "a.tif", "run1/masks/x.parquet", "run1/run.json", "out/old.tif", "outer.tif", "run1b/c.tif")
+    put(root, "a.tif", "run1/masks/x.parquet", "out/old.tif", "outer.tif", "run1b/c.tif")
+    put(root, "run1/run.json", data=RUN)
     assert ids(root, output=f"{root}/out") == ["a", "outer", "run1b/c"]
     with list_scenes(InputConfig(scenes=(root,)), None, need_labels=False) as found:
         assert any("left out 1 file below" in note and "run1" in note for note in found.notes)
 
 
 def test_a_run_as_input_is_refused(root: str) -> None:
-    put(root, "run.json", "masks/x.tif")
-    assert "run.json" in fault(root)
+    put(root, "masks/x.tif")
+    put(root, "run.json", data=RUN)
+    assert "all of it lies in the folders of runs" in fault(root)
+
+
+@pytest.mark.parametrize("data", [b"{}", b"[1]", b"\xff no JSON", b'{"pilot": "Bob"}'])
+def test_a_file_that_is_called_run_json_and_is_none_hides_nothing(root: str, data: bytes) -> None:
+    put(root, "flight/a.tif", "flight/b.tif")
+    put(root, "flight/run.json", data=data)
+    assert ids(root) == ["flight/a", "flight/b"]
+
+
+def test_an_input_that_lies_in_the_output_is_refused(root: str) -> None:
+    put(root, "in/a.tif")
+    assert "the input lies in the output" in fault(f"{root}/in", output=root)
+    assert "the input lies in the output" in fault(f"{root}/in/a.tif", output=root)
 
 
 def test_several_inputs_are_sorted_together(root: str) -> None:
@@ -263,7 +280,8 @@ def test_every_kind_of_input_works_on_s3(s3_prefix: str) -> None:
         "truth/ä+%41.png",
         "truth/c.png",
     )
-    put(root, "in/n/a b.tif.msk", "out/run.json", "out/masks/old.tif")
+    put(root, "in/n/a b.tif.msk", "out/masks/old.tif")
+    put(root, "out/run.json", data=RUN)
     put(root, "list.txt", data="in/s/c.tif\nin/n/ä+%41.tif\n".encode())
     put(root, "cat.csv", data=b"uri,label,city\nin/s/c.tif,truth/c.png,Banepa\nin/n/a b.tif,,\n")
     table = pa.BufferOutputStream()
