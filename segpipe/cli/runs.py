@@ -100,5 +100,5 @@ def export_command(
         (result.conflict, "left as they are: other files are there (give another --output)"),
     ):
         if named.count:
-            print(f"{counted(named.count, 'scene')} {what}: {named.text()}", file=sys.stderr)
+            print(f"{counted(named.count, 'scene')} {what}", file=sys.stderr)
     return result.exit_code
