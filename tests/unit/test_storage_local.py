@@ -229,6 +229,26 @@ def test_a_file_system_that_cannot_sync_folders_is_written_to_all_the_same(
     assert files_below(store.root) == ["a", "a/k", "a/l"]
 
 
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_a_new_name_is_on_the_disk_before_the_put_returns(
+    store: LocalStorage, monkeypatch: pytest.MonkeyPatch, unnamed: bool
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/dev/fd/{descriptor}"):
+            synced.extend(files_below(os.path.realpath(f"/dev/fd/{descriptor}")))
+        real(descriptor)
+
+    if not unnamed:
+        without_tmpfile(monkeypatch, errno.EOPNOTSUPP)
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name, put in (("created", store.put_if_absent), ("replaced", store.put)):
+        put(f"a/{name}", b"1")
+        assert name in synced
+
+
 def test_another_fault_of_the_disk_is_a_storage_error(
     store: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +347,35 @@ def test_a_file_that_is_written_to_while_it_is_open_is_found_changed(
         file.seek(900_000)
         with pytest.raises(ObjectChanged):
             file.read(4)
+
+
+def test_a_file_that_is_written_to_while_a_pinned_range_is_read_is_found_changed(
+    store: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("k", b"old data")
+    found = store.stat("k")
+    assert found is not None
+    real = os.pread
+
+    def pread(descriptor: int, length: int, start: int) -> bytes:
+        Path(store.root, "k").write_bytes(b"new data, and more of it")
+        return real(descriptor, length, start)
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(ObjectChanged):
+        store.read_range("k", 0, 3, found.etag)
+
+
+def test_a_range_that_the_kernel_gives_in_pieces_comes_whole(
+    store: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(100))
+    store.put("k", data)
+    real = os.pread
+    monkeypatch.setattr(
+        os, "pread", lambda descriptor, length, start: real(descriptor, min(length, 7), start)
+    )
+    assert store.read_ranges("k", [(3, 60), (90, 60)]) == [data[3:63], data[90:]]
 
 
 def test_a_path_through_a_file_is_missing(store: LocalStorage) -> None:

@@ -121,6 +121,15 @@ def test_prefetched_ranges_are_read_without_another_request() -> None:
     assert len(source.calls) == 1
 
 
+def test_no_more_is_prefetched_than_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rangefile, "CACHE_BYTES", 3 * BLOCK_BYTES)
+    file, source = opened()
+    file.prefetch([(0, 2 * BLOCK_BYTES), (10 * BLOCK_BYTES, 20 * BLOCK_BYTES)])
+    assert source.fetched_bytes == 3 * BLOCK_BYTES
+    assert file.read(100) == DATA[:100]
+    assert source.fetched_bytes == 3 * BLOCK_BYTES, "what was fetched is still there"
+
+
 def test_threads_may_share_a_file() -> None:
     file, _ = opened()
 

@@ -72,6 +72,21 @@ def test_waits_grow_are_jittered_and_capped(waits: list[float]) -> None:
         assert len(set(of_this_try)) > 10
 
 
+def test_tries_that_take_long_are_given_up_after_a_minute(
+    waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("tenacity.time.monotonic", lambda: clock[0])
+
+    def call() -> None:
+        clock[0] += 25
+        raise Transient("timeout")
+
+    with pytest.raises(StorageError, match="or for 60 s: timeout"):
+        retry.retry(call, "k")
+    assert clock == [75.0]
+
+
 @pytest.mark.parametrize("error", [StorageRefused("no"), ObjectMissing("gone"), ValueError("slip")])
 def test_what_lasts_fails_at_once(waits: list[float], error: Exception) -> None:
     calls = []
