@@ -13,11 +13,15 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import rasterio
+from rasters import AUTO, noise, write_tiff
 from scene_inputs import fault, ids, put, scenes
 
 from segpipe.config.model import InputConfig
+from segpipe.masks.plan import PlanScene, row_of_scene
 from segpipe.rasters import catalogue_file
 from segpipe.rasters.catalogue import list_scenes
+from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import Version
 
 
@@ -111,6 +115,19 @@ def test_a_parquet_catalogue_keeps_its_types(tmp_path: Path) -> None:
         "kind": "u",
     }
     assert first.extra["price"] is None
+
+
+def test_the_time_of_a_catalogue_goes_before_that_of_the_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        path = write_tiff(tmp_path / f"{name}.tif", noise(1, 20, 30))
+        with rasterio.open(path, "r+") as dataset:
+            dataset.update_tags(TIFFTAG_DATETIME="2014:04:01 10:30:00")
+    put(str(tmp_path), "cat.csv", data=b"uri,datetime\na.tif,2024-05-01T10:00:00Z\nb.tif,\n")
+    planned = [
+        row_of_scene(PlanScene(source, inspect_scene(source, 1, AUTO)))["datetime"]
+        for source in scenes(str(tmp_path / "cat.csv"))
+    ]
+    assert planned == ["2024-05-01T10:00:00Z", "2014-04-01T10:30:00"]
 
 
 def test_inputs_keep_their_order_beside_a_catalogue(root: str) -> None:

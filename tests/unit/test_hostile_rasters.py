@@ -13,16 +13,19 @@ import rasterio
 from PIL import Image
 from rasters import AUTO, noise, read_scene, source_of, whole, write_sparse_tiff, write_tiff
 
+from segpipe.config.card import ClassInfo
 from segpipe.config.model import InputConfig, LimitsConfig
 from segpipe.errors import SceneError
 from segpipe.geometry.grid import Window
 from segpipe.rasters.driver import driver_of, open_raster
 from segpipe.rasters.georeference import parse_aux
 from segpipe.rasters.header import MAX_SIDE_PX, inspect_scene
+from segpipe.rasters.labels import open_label
 from segpipe.rasters.reader import open_scene
 from segpipe.rasters.scene import SceneSource
 
 TILES = {"tiled": True, "blockxsize": 64, "blockysize": 64}
+CLASSES = [ClassInfo(name="ground", color=(0, 0, 0))]
 
 
 def vrt(target: str, height: int = 64, width: int = 64) -> str:
@@ -191,6 +194,24 @@ def test_one_giant_tile_is_refused_without_memory(tmp_path: Path) -> None:
     for word in (f"{16_384**2:,}", f"{16_384**2 - 1:,}", " limits.file_block_bytes"):
         assert word in str(caught.value)
     assert inspect_scene(source_of(path), 1, AUTO).file_block == (16_384, 16_384)
+
+
+@pytest.mark.parametrize("what", ["label", "valid"])
+def test_the_limits_hold_for_labels_and_masks_too(tmp_path: Path, what: str) -> None:
+    tiles = {"tiled": True, "blockxsize": 128, "blockysize": 128}
+    scene = write_tiff(tmp_path / "x.tif", noise(1, 128, 128), **TILES)
+    beside = write_tiff(tmp_path / "beside.tif", np.zeros((1, 128, 128), np.uint8), **tiles)
+    source = source_of(scene, **{what: beside})
+
+    def look(limit: int) -> None:
+        config = InputConfig(limits=LimitsConfig(file_block_bytes=limit))
+        inspect_scene(source, 1, config)
+        if what == "label":
+            open_label(source, 128, 128, CLASSES, config).close()
+
+    look(128 * 128)
+    with pytest.raises(SceneError, match=r"beside\.tif.* limits\.file_block_bytes"):
+        look(128 * 128 - 1)
 
 
 @pytest.mark.parametrize(("interleave", "factor"), [("pixel", 3), ("band", 1)])

@@ -189,6 +189,18 @@ def test_a_palette_with_mapped_colours_is_read_by_colour(scene: Path, tmp_path: 
     np.testing.assert_array_equal(found, np.array([2, 0, 1], np.uint8)[INDICES])
 
 
+def test_transparent_colours_of_a_palette_are_ignored_where_it_is_read_by_colour(
+    scene: Path, tmp_path: Path
+) -> None:
+    indices = INDICES.copy()
+    indices[7] = 3
+    image = Image.fromarray(indices, "P")
+    image.putpalette([*BLUE, *RED, *GREEN, 7, 7, 7])
+    label = save(tmp_path / "l.png", image, transparency=bytes([255, 255, 0, 0]))
+    found = read(scene, label, {"#ff0000": 0, "#0000ff": 2})
+    np.testing.assert_array_equal(found, np.array([2, 0, 255, 255], np.uint8)[indices])
+
+
 def test_grey_labels_can_be_mapped_by_colour(scene: Path, tmp_path: Path) -> None:
     label = save(tmp_path / "l.png", Image.fromarray((INDICES == 1).astype(np.uint8) * 255))
     found = read(scene, label, {"#000000": 0, "#ffffff": 1})

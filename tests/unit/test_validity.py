@@ -60,6 +60,21 @@ def test_alpha_of_a_png_counts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_scene(tmp_path / "x.png", 3)[2], hole())
 
 
+@pytest.mark.parametrize(("valid", "transparent"), [("auto", True), ("none", False)])
+def test_transparent_colours_of_a_palette_are_no_data_unless_a_rule_is_named(
+    tmp_path: Path, valid: str, transparent: bool
+) -> None:
+    indices = np.where(hole(), 1, 2).astype(np.uint8)
+    indices[0, :3] = 3
+    image = Image.fromarray(indices, "P")
+    image.putpalette([0, 0, 0, 9, 8, 7, 6, 5, 4, 3, 2, 1])
+    image.save(tmp_path / "x.png", transparency=bytes([255, 1, 0, 0]))  # nearly transparent is data
+    _, read, found = read_scene(tmp_path / "x.png", 3, rule(valid))
+    there = np.ones((20, 30), bool) if found is None else found
+    np.testing.assert_array_equal(there, hole() if transparent else True)
+    np.testing.assert_array_equal(read[0], np.array([0, 9, 6, 3])[indices])
+
+
 def test_an_alpha_band_among_the_chosen_bands_is_no_mask(tmp_path: Path) -> None:
     pixels = noise(4, 20, 30)
     pixels[3][~hole()] = 0
