@@ -27,6 +27,7 @@ from segpipe.masks.run import (
     unit_key,
 )
 from segpipe.masks.schema import mask_schema
+from segpipe.masks.verify import Verification
 from segpipe.masks.write import Counts, Row, encode_unit, failed_row, mask_row
 from segpipe.metrics.counts import class_counts, confusion, to_pairs
 from segpipe.rasters.scene import SceneHeader, SceneSource, Version
@@ -246,3 +247,12 @@ def success_totals(storage: Storage, info: RunInfo) -> Totals:
 def put_unit(storage: Storage, info: RunInfo, part: int, unit: int, rows: Sequence[Row]) -> None:
     """Put (or replace) one mask object."""
     storage.put(unit_key(part, unit), encode_unit(rows, mask_schema(info.recipe_key, info.card.classes)))
+
+
+def damage(verification: Verification, key: str) -> str:
+    """Return the reason of the one damaged object, which must be ``key``."""
+    assert verification.damaged.count == 1
+    assert verification.exit_code == 4
+    name, _, reason = verification.damaged.first[0].partition(": ")
+    assert name == key
+    return reason

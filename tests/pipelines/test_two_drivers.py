@@ -11,6 +11,7 @@ from archive import local, make_model, objects, ok, predict, run, start, write_s
 
 from segpipe.pipelines import predict as driver
 from segpipe.pipelines import report
+from segpipe.storage.local import LocalStorage
 
 CUT = {"block_px": 64, "unit_px": 8000}
 
@@ -67,6 +68,17 @@ def once(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, number: int, a
         return real(*arguments)
 
     monkeypatch.setattr(module, name, hooked)
+
+
+def test_of_two_first_commands_at_once_the_one_of_another_recipe_is_refused(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin() -> None:
+        ok(predict(archive.scenes, archive.model, archive.run, blend="linear", **CUT))
+
+    once(monkeypatch, LocalStorage, "put_if_absent", 1, begin)  # the first object of a run is run.json
+    archive.predict().refused(2, "another recipe", "inference.blend")
+    assert run("verify", archive.run).code == 0
 
 
 def test_units_that_another_command_planned_meanwhile_are_not_run_as_if_they_had_ended_a_worker(

@@ -164,6 +164,14 @@ def test_a_stream_of_no_zlib_is_damaged() -> None:
         decode_mask(data)
 
 
+def test_a_zlib_stream_without_its_end_is_damaged_though_all_pixels_are_there() -> None:
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0)
+    stream = zlib.compress(bytes(4 * 5))[:-4]  # without the checksum of the pixels
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
+    with pytest.raises(DamagedMask, match="20 bytes of pixels"):
+        decode_mask(data)
+
+
 def bomb() -> bytes:
     decode_mask(encode_mask(buildings(64, 64)))
     return png(100, 99, bytes(50_000_000))
