@@ -146,6 +146,22 @@ def test_rules_across_keys_name_their_key() -> None:
     assert "input.label_map: class indices" in fault("input: {label_map: {7: 900}}")
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("label_map.7=2", "label_map: class indices lie between 0 and 1, or are 255 (ignore)"),
+        ("label_map.7=-1", "label_map: class indices lie between 0 and 1"),
+        ("split.fractions={val: 0.7, test: 0.4}", "split.fractions: add up to more than 1"),
+    ],
+)
+def test_rules_across_keys_of_prepare_name_their_key(setting: str, words: str) -> None:
+    text = (
+        "{layout: folder, sources: [a], classes: [{name: a, color: [0, 0, 0]}, {name: b, color: [9, 9, 9]}]}"
+    )
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_prepare(text, {}, [setting], "job.yaml")
+
+
 def test_items_of_lists_are_named_by_place() -> None:
     assert "input.scenes[1]: must be text (got 3)" in fault("input: {scenes: [a, 3]}")
     assert "input.bands[0]: must be at least 1 (got 0)" in fault("input: {bands: [0, 1]}")

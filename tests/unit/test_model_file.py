@@ -185,6 +185,11 @@ def torch_checkpoint() -> bytes:
         ((4).to_bytes(8, "little") + b"{{}}", "header is damaged"),
         ((8).to_bytes(8, "little") + b'{"a":[]}', "header is damaged"),
         ((8).to_bytes(8, "little") + b'{"a": 1}', "header is damaged"),
+        pytest.param(
+            (200_006).to_bytes(8, "little") + b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            "header is damaged",
+            id="nested",
+        ),
         ((4).to_bytes(8, "little") + b"{  }", "without segpipe's model card"),
         ((21).to_bytes(8, "little") + b'{"__metadata__":"no"}', "without segpipe's model card"),
         (safetensors.torch.save({"w": torch.zeros(2)}, {"format": "pt"}), "without segpipe's model card"),
@@ -239,6 +244,7 @@ def test_bytes_after_the_weights_are_refused(saved: Path) -> None:
             {"segpipe": card_of().model_dump_json().replace("100.0", "NaN", 1)},
             "the model card is not valid: mean.0: Input should be a finite number",
         ),
+        ({"segpipe": card_of().model_dump_json().replace("50.0", "0.0", 1)}, "std must be positive"),
         ({"segpipe": card_of(classes=3).model_dump_json()}, "the weights do not fit the model card: head"),
         (
             {"segpipe": card_of(width=4, depth=3).model_dump_json()},

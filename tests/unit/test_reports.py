@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from peak_memory import peak_growth_bytes
 from report_rows import ROW_SCHEMA, TWO, block, build, compared, failed, pairs
 
 from segpipe.config.card import ClassInfo
@@ -102,6 +101,12 @@ def test_labels_without_any_compared_pixel_leave_null_scores_beside_their_count(
     assert set(reports.summary["scores"].values()) == {None}
 
 
+def test_labels_of_which_no_pixel_could_be_counted_leave_null_scores_beside_their_blocks() -> None:
+    reports, _, _ = build([failed("a", "label_read", label_uri="/labels/x.tif", label_px=None)])
+    assert (reports.summary["label_px"], reports.summary["uncounted_label_blocks"]) == (0, 1)
+    assert set(reports.summary["scores"].values()) == {None}
+
+
 def test_the_status_of_a_scene_is_its_worst_case() -> None:
     empty = {"status": "empty", "valid_px": 0, "class_px": [0, 0]}
     rows = [
@@ -134,6 +139,20 @@ def test_the_status_of_a_scene_is_its_worst_case() -> None:
     assert scenes[-1]["error_kind"] == "header"
     statuses = reports.summary["scenes"]
     assert [statuses[name] for name in ("all", "ok", "empty", "partial", "failed")] == [8, 2, 1, 3, 2]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 3])
+def test_the_error_kind_of_a_scene_is_that_of_its_first_failed_block(
+    batch_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segpipe.reports.tables._PENDING_ROWS", 1)
+    rows = [
+        block("a", scene_height=30),
+        failed("a", "decode", row_off=10, scene_height=30),
+        failed("a", "label_value", row_off=20, scene_height=30),
+    ]
+    _, (scene,), _ = build(rows, batch_rows=batch_rows)
+    assert (scene["failed_blocks"], scene["error_kind"]) == (2, "decode")
 
 
 def test_the_ledger_adds_up() -> None:
@@ -298,71 +317,6 @@ def test_class_columns_are_snake_case_and_unique() -> None:
     assert columns[:5] == ["small_car", "small_car_1", "small_car_2", "gebaude", "class_4"]
     assert len(set(columns)) == len(columns)
     assert all(column.isidentifier() for column in columns)
-
-
-MANY = tuple(ClassInfo(name=f"c{i}", color=(i, 0, 0)) for i in range(255))
-
-
-def rows_of_many_classes() -> list[dict[str, Any]]:
-    build([compared("s", pairs((0, 0, 100)))], TWO)  # what a first call loads is not counted
-    return [compared(f"s{i}", pairs((i, i, 60), (i, 254, 40)), class_px=[0] * 255) for i in range(150)]
-
-
-def build_many_classes(rows: list[dict[str, Any]]) -> None:
-    reports, scenes, _ = build(rows, MANY)
-    assert scenes[7]["iou_c7"] == pytest.approx(0.6)
-    assert reports.matrix[7, 254] == 40
-    assert "confusion.parquet" in render_html(reports, MANY)
-
-
-def test_255_classes_fit_without_a_matrix_a_scene_in_memory() -> None:
-    # 150 matrices alone would be 78 MB, and their scores as much again
-    assert peak_growth_bytes(rows_of_many_classes, build_many_classes) < 120e6
-
-
-class Discard(io.RawIOBase):
-    """A file that keeps nothing but its length."""
-
-    length = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.length += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.length
-
-
-def thousand_rows() -> Any:
-    """A batch of 1,000 scenes, after others have passed: what the first ones load is not counted."""
-    columns = pa.RecordBatch.from_pylist(
-        [compared(f"s{i:06d}", pairs((0, 0, 60), (1, 1, 40))) for i in range(1000)], schema=ROW_SCHEMA
-    )
-    add_scenes(columns, 30)
-    return columns
-
-
-def add_scenes(columns: Any, num_batches: int) -> None:
-    builder = ReportBuilder(TWO, Discard(), Discard())  # type: ignore[arg-type]
-    at = columns.schema.get_field_index("scene_id")
-    for batch in range(num_batches):
-        ids = pa.array([f"{batch}-{i}" for i in range(1000)])
-        builder.add(columns.set_column(at, columns.schema.field(at), ids))
-    summary = builder.close().summary
-    assert summary["scenes"]["all"] == 1000 * num_batches
-    assert summary["label_px"] == 100_000 * num_batches
-
-
-def add_many_scenes(columns: Any) -> None:
-    add_scenes(columns, 150)
-
-
-def test_memory_is_flat_in_the_number_of_scenes() -> None:
-    # five times as many scenes as before; each kept would be some hundred bytes
-    assert peak_growth_bytes(thousand_rows, add_many_scenes) < 12e6
 
 
 def test_small_tables_become_parquet_files() -> None:
