@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import rasterio
 from layouts import Heard, config_of, pixels_of, prepared, rows_of
-from rasterio.warp import transform_geom
+from rasterio.warp import transform, transform_geom
+from rasters import write_tiff
 from scenes import AREAS, CLASSES, RASTERS, SMALL, blank, box, chips, write_areas, write_scene
 
 from segpipe.cli.main import main
@@ -170,13 +171,32 @@ def test_cells_of_a_box_over_the_antimeridian_are_those_of_its_parts(south: floa
     assert not west & east
 
 
-def test_excluded_areas_leave_out_the_chips_they_touch(tmp_path: Path) -> None:
+def test_chips_over_the_antimeridian_have_a_split(tmp_path: Path) -> None:
+    (east,), (north,) = transform("EPSG:4326", "EPSG:32760", [180.0], [-17.0])
+    place = {"crs": "EPSG:32760", "transform": rasterio.Affine(1, 0, east - 32, 0, -1, north + 32)}
+    for folder, bands in (("scenes", 3), ("labels", 1)):
+        (tmp_path / folder).mkdir()
+        write_tiff(tmp_path / folder / "a.tif", np.zeros((bands, 64, 64), np.uint8), **place)
+    refs = chips(tmp_path, archive={"chip_px": 64}, split={"fractions": {"val": 1.0}})
+    assert [ref.split for ref in refs] == ["val"]
+
+
+@pytest.mark.parametrize(
+    ("area", "touched"),
+    [
+        (box(40, -50, 41, -31.5), {"a/r00000_c00032", "a/r00032_c00032"}),
+        (box(40.1, -20.4, 40.4, -20.1), {"a/r00000_c00032"}),  # within a pixel, beside its centre
+    ],
+)
+def test_excluded_areas_leave_out_the_chips_they_touch(
+    tmp_path: Path, area: dict[str, Any], touched: set[str]
+) -> None:
     blank(tmp_path, "a", 96)
     exclude = tmp_path / "exclude.geojson"
-    write_areas(exclude, [box(40, -50, 41, -31.5)], "EPSG:32633")
+    write_areas(exclude, [area], "EPSG:32633")
     refs = chips(tmp_path, archive={"chip_px": 32, "exclude_area": str(exclude)})
-    assert len(refs) == 7
-    assert not {ref.sample_id for ref in refs} & {"a/r00000_c00032", "a/r00032_c00032"}
+    assert len(refs) == 9 - len(touched)
+    assert not {ref.sample_id for ref in refs} & touched
 
 
 def test_the_command_takes_an_excluded_area(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,4 +283,11 @@ def test_a_scene_that_cannot_be_opened_is_named_before_anything_is_written(tmp_p
     (tmp_path / "scenes/a.tif").write_bytes(b"II*\0 broken")
     with pytest.raises(InputError, match=r"1 scene cannot be used: a \(header\)"):
         prepared("archive", tmp_path / "scenes", tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_limits_of_the_config_hold_for_scenes(tmp_path: Path) -> None:
+    blank(tmp_path, "a", 64)
+    with pytest.raises(InputError, match=r"a \(limit\).* limits\.file_block_bytes"):
+        prepared("archive", tmp_path / "scenes", tmp_path / "out", limits={"file_block_bytes": 5000}, **SMALL)
     assert not (tmp_path / "out").exists()

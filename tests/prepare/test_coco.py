@@ -136,6 +136,37 @@ def test_small_regions_lie_above_large_ones_and_crowds_below(tmp_path: Path) -> 
     assert again["class_px"] == [0, 20, 28]
 
 
+REGION = {"id": 1, "category_id": 7, "area": 4, "iscrowd": 0, "segmentation": box(1, 1, 3, 3)}
+
+
+def test_pixels_without_region_are_no_background_in_files_of_stuff(tmp_path: Path) -> None:
+    write_coco(tmp_path / "in", [REGION])
+    (tmp_path / "in/annotations/instances_val2017.json").rename(tmp_path / "in/annotations/stuff_val.json")
+    named = {"annotations": {"val": "annotations/stuff_val.json"}}
+    tree = prepared("coco", tmp_path / "in", tmp_path / "out", coco=named).dataset
+    assert [info["name"] for info in tree["classes"]] == ["tree", "car"]
+    assert (tree["class_px"], tree["ignore_px"]) == ([0, 4], 44)
+
+
+def test_an_image_that_lies_in_several_folders_is_refused_with_them(tmp_path: Path) -> None:
+    write_coco(tmp_path / "in", [REGION])
+    save(tmp_path / "in/other/a.png", np.zeros((6, 8, 3), np.uint8))
+    with pytest.raises(InputError, match=r"a\.png lies in several folders: other/a\.png, val2017/a\.png"):
+        prepared("coco", tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [{"name": "boat"}, {"id": 8}])
+def test_files_whose_categories_differ_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_coco(tmp_path / "in", [])
+    content = json.loads((tmp_path / "in/annotations/instances_val2017.json").read_text())
+    content["images"][0]["file_name"] = "b.png"
+    content["categories"][0] |= change
+    save(tmp_path / "in/train2017/b.png", np.zeros((6, 8, 3), np.uint8))
+    (tmp_path / "in/annotations/instances_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"instances_val2017\.json.* categories differ"):
+        prepared("coco", tmp_path / "in", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -145,8 +176,7 @@ def test_small_regions_lie_above_large_ones_and_crowds_below(tmp_path: Path) -> 
     ],
 )
 def test_wrong_annotations_name_the_sample(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    region = {"id": 1, "category_id": 7, "area": 4, "iscrowd": 0, "segmentation": box(1, 1, 3, 3)}
-    write_coco(tmp_path / "in", [region | change])
+    write_coco(tmp_path / "in", [REGION | change])
     with pytest.raises(InputError, match=rf"1 sample cannot be used: a \(.*{message}"):
         prepared("coco", tmp_path / "in", tmp_path / "out")
 

@@ -101,6 +101,25 @@ def test_the_eight_symmetries_all_come_and_are_exact() -> None:
     assert seen == whole
 
 
+def test_recoloured_pixels_stay_within_those_of_a_file() -> None:
+    pixels = image(64, 64)
+    config = AugmentConfig(preset="aerial", crop_px=32, noise=0, band_dropout=0)
+    for seed in range(20):
+        found, _ = augment(pixels, label_like(pixels), config, (0,) * 3, (1,) * 3, rng_of(seed, 0, "a"))
+        assert found.min() >= 0
+        assert found.max() <= 255
+
+
+def test_pixels_on_another_scale_are_changed_alike() -> None:
+    config = AugmentConfig(preset="aerial", crop_px=32)
+    found = []
+    for factor in (1, 200):
+        pixels = image(64, 64, 4, "uint16") * factor
+        mean, std = (100.0 * factor,) * 4, (50.0 * factor,) * 4
+        found.append(augment(pixels, label_like(image(64, 64)), config, mean, std, rng_of(1, 0, "a"))[0])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3)
+
+
 SAMPLE = """
 import os
 import subprocess
