@@ -17,6 +17,7 @@ from ray.exceptions import (
 )
 
 from segpipe.errors import InputError, SceneError, SegpipeError, StorageRefused
+from segpipe.pipelines import isolate
 from segpipe.pipelines.cluster import RayExecutor
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import died_alone, first_line
@@ -57,6 +58,55 @@ def test_an_end_from_outside_is_not(error: RayError) -> None:
 
 def test_a_death_with_its_node_is_not() -> None:
     assert not died_alone(ActorDiedError(PLAIN), "node", lambda: {"other"})
+
+
+class FakeRay:
+    """Stands for Ray where the workers of unit 3 end with ``error``, and for its actors and their methods."""
+
+    def __init__(self, error: RayError, calls: list[str], method: str = "") -> None:
+        self._error, self._calls, self._method = error, calls, method
+
+    def __getattr__(self, name: str) -> FakeRay:
+        return FakeRay(self._error, self._calls, name)
+
+    def options(self, **_: Any) -> FakeRay:
+        return self
+
+    def remote(self, *_: Any) -> FakeRay:
+        return FakeRay(self._error, self._calls, self._method)
+
+    def wait(self, calls: list[FakeRay], **_: Any) -> tuple[list[FakeRay], list[FakeRay]]:
+        return calls[:1], calls[1:]
+
+    def get(self, call: FakeRay, **_: Any) -> Any:
+        self._calls.append(call._method)
+        if call._method == "run":
+            raise self._error
+        return ("node", "") if call._method == "begin" else UnitResult(0, 3, "done", failed=1)
+
+    def kill(self, _: Any) -> None: ...
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": "node", "Alive": True}]
+
+
+@pytest.mark.parametrize(
+    ("error", "runs", "status", "words"),
+    [
+        (ActorDiedError(PLAIN), 2, "done", ""),
+        (NodeDiedError("gone"), 3, "deferred", "its worker was lost"),
+        (OutOfMemoryError("short"), 1, "deferred", "the node ran out of memory"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, RayError) else None,
+)
+def test_a_unit_is_tried_again_as_its_workers_end_says(
+    monkeypatch: pytest.MonkeyPatch, error: RayError, runs: int, status: str, words: str
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(isolate, "ray", FakeRay(error, calls))
+    (result,) = isolate.Isolation(None, Pool(1, 1.0, 0, 1), [(0, 3)]).results()  # type: ignore[arg-type]
+    assert (result.unit, result.status, calls.count("run")) == (3, status, runs)
+    assert words in result.error
 
 
 @pytest.mark.parametrize(

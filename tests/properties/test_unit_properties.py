@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from segpipe.masks.run import RunInfo, adopt_or_create, require_run
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.local import inspect_sources
 from segpipe.pipelines.plan import make_plan
-from segpipe.pipelines.worker import Worker, WorkerSetup
+from segpipe.pipelines.worker import Worker, WorkerSetup, _Budget
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.storage import open_storage
 
@@ -61,6 +62,7 @@ def compute(inputs: Path, model: Path, info: RunInfo, run: Path, order: random.R
         results = list(worker.run_units(units))
     finally:
         worker.close()
+    assert worker._budget._used_bytes == 0, "what a block took is given back, no more and no less"
     assert sorted((result.part, result.unit) for result in results) == sorted(units)
     assert {(result.status, result.failed, result.skipped) for result in results} == {("done", 0, False)}
     return whole_masks(run)
@@ -104,3 +106,16 @@ def test_mask_bits_depend_neither_on_the_cut_into_units_nor_on_their_order(
     for scene, mask in masks["whole"].items():
         np.testing.assert_array_equal(masks["cut"][scene], mask, err_msg=scene)
     assert len(np.unique(masks["whole"]["0"])) > 2, "the model must see classes to tell apart"
+
+
+def test_a_block_larger_than_the_budget_passes_when_it_is_alone() -> None:
+    budget = _Budget(100)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            pool.submit(budget.acquire, 500).result(timeout=20)
+            second = pool.submit(budget.acquire, 1)
+            assert wait([second], timeout=0.2).not_done
+            budget.release(500)
+            second.result(timeout=20)
+        finally:
+            budget.close()  # ends whoever waits

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
-import threading
 import uuid
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,10 @@ import rasterio
 import rasterio.shutil
 from masks_run import CLASSES, UTM_TRANSFORM, MadeRun, MadeScene, build_run, make_info
 
-from segpipe.errors import IncompleteError, InputError, StorageError, StorageFull
+from segpipe.errors import IncompleteError, InputError, StorageError
 from segpipe.masks.run import unit_key
 from segpipe.masks.verify import verify_run
-from segpipe.pipelines import export as export_module
 from segpipe.pipelines.export import SceneExport, export_run
-from segpipe.rasters import cog
 from segpipe.rasters.cog import CogSpec, write_cog
 from segpipe.storage import open_storage
 
@@ -315,48 +311,6 @@ def test_scores_and_the_run_itself_as_output_are_refused(tmp_path: Path) -> None
         export(run, tmp_path / "run")
     with pytest.raises(InputError, match=r"run\.json"):
         export_run(str(tmp_path), str(tmp_path / "out"))
-
-
-def test_too_little_scratch_space_is_said_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = build_run(str(tmp_path / "run"), [[MadeScene("a")]])
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(StorageFull, match=r"bytes of scratch space are needed, 1000 are free.*TMPDIR"):
-        export(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_scratch_space_is_shared_out_among_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = build_run(str(tmp_path / "run"), [[MadeScene("a", 150, 190), MadeScene("b", 150, 190)]])
-    usage = namedtuple("usage", "total used free")
-    need = cog.scratch_bytes(150 * 190, 10**9)
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage(10**9, 0, need + 1))
-    refused = threading.Event()
-    write, full = export_module.write_cog, export_module.full
-
-    def write_after_the_other_is_refused(*args: Any) -> Path:
-        assert refused.wait(timeout=30)
-        return write(*args)
-
-    def note(*args: Any) -> StorageFull:
-        refused.set()
-        return full(*args)
-
-    monkeypatch.setattr(export_module, "write_cog", write_after_the_other_is_refused)
-    monkeypatch.setattr(export_module, "full", note)
-    with pytest.raises(StorageFull):
-        export(run, tmp_path / "out", workers=2)
-
-
-def test_the_scratch_folder_is_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    run = build_run(str(tmp_path / "run"), [[MadeScene("a", 700, 600), MadeScene("b", failed={0: "decode"})]])
-    export(run, tmp_path / "out")
-    assert list(scratch.iterdir()) == []
 
 
 def test_a_file_that_does_not_hold_what_was_written_is_never_kept(
