@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import rasterio
 import rasterio.errors
 import torch
@@ -231,3 +232,9 @@ def rows(run_uri: Any, *columns: str) -> list[dict[str, Any]]:
 
     table = ds.dataset(f"{run_uri}/masks", format="parquet").to_table(list(columns) or None)
     return table.to_pylist()
+
+
+def failures(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of failures.parquet by scene id."""
+    table = pq.read_table(folder / "reports/failures.parquet").to_pylist()
+    return {row["scene_id"]: row for row in table}

@@ -84,6 +84,20 @@ def test_only_new_and_changed_scenes_are_computed_and_readers_take_the_newest(
     assert success(out) == total
 
 
+def test_what_a_report_of_an_unfinished_run_lacks_is_counted_in_the_newest_versions_alone(
+    tmp_path: Path, model: Path
+) -> None:
+    for number, scene in enumerate("ab"):
+        write_scene(tmp_path / f"in/{scene}.tif", 70, 90, seed=number)
+    ok(predict(tmp_path / "in", model, tmp_path / "run"))
+    write_scene(tmp_path / "in/b.tif", 70, 90, seed=7)
+    tell_changed(tmp_path / "in/b.tif")
+    ok(predict(tmp_path / "in", model, tmp_path / "run"))
+    next((tmp_path / "run").glob("masks/part-00001/*")).unlink()
+    report = ok(run("report", tmp_path / "run", "--json")).tree
+    assert report["summary"]["missing"] == {"scenes": 1, "blocks": 1, "pixels": 70 * 90}
+
+
 def test_the_index_names_the_rows_of_every_part(tmp_path: Path, model: Path) -> None:
     write_scene(tmp_path / "in/a.tif", 70, 90)
     ok(predict(tmp_path / "in", model, tmp_path / "run", **CUT))

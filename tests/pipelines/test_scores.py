@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from archive import (
     Done,
+    files,
     local,
     make_model,
     ok,
@@ -120,12 +121,34 @@ def test_scenes_without_masks_are_failed_rows_when_masks_are_scored(folder: Path
     assert all(row["label_px"] for row in table(folder, "run", "failures")), "no label drops out unseen"
 
 
+def test_a_block_that_masks_cover_in_part_is_a_failed_row_when_they_are_scored(folder: Path) -> None:
+    path = folder / "in/a.tif"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    assert predict(folder / "in", folder / "model.safetensors", folder / "masks", block_px=40).code == 5
+    states = {row["status"] for row in rows(folder / "masks", "scene_id", "status") if row["scene_id"] == "a"}
+    assert states == {"ok", "failed"}
+    assert evaluate(folder, "run", "--masks", folder / "masks", block_px=1000).code == 5
+    (failure,) = table(folder, "run", "failures")
+    assert (failure["scene_id"], failure["error_kind"]) == ("a", "mask_missing")
+    assert failure["label_px"] == int((label_of("a") != 255).sum())
+
+
 def test_masks_of_an_unfinished_run_are_refused(folder: Path) -> None:
     ok(predict(folder / "in", folder / "model.safetensors", folder / "masks"))
     sorted((folder / "masks/masks").rglob("*.parquet"))[0].unlink()
     done = evaluate(folder, "run", "--masks", folder / "masks")
     done.refused(2, str(folder / "masks"), "unfinished", "1 of 1 unit")
     assert not (folder / "run").exists()
+
+
+def test_masks_without_success_are_refused_until_their_reports_are_written(folder: Path) -> None:
+    ok(predict(folder / "in", folder / "model.safetensors", folder / "masks"))
+    (folder / "masks/_SUCCESS").unlink()
+    evaluate(folder, "run", "--masks", folder / "masks").refused(2, "_SUCCESS", "segpipe report")
+    assert not (folder / "run").exists()
+    ok(run("report", folder / "masks"))
+    ok(evaluate(folder, "run", "--masks", folder / "masks"))
 
 
 def test_a_damaged_mask_is_named_and_all_others_are_scored(folder: Path) -> None:
@@ -210,6 +233,14 @@ def test_a_label_map_gives_values_their_classes(folder: Path) -> None:
         write_label(folder / f"labels/{name}.tif", label_of(name))
     ok(evaluate(folder, "plain", "--model", folder / "model.safetensors"))
     assert table(folder, "mapped", "confusion") == table(folder, "plain", "confusion")
+
+
+def test_a_later_start_with_another_label_map_is_refused(folder: Path) -> None:
+    model = folder / "model.safetensors"
+    ok(evaluate(folder, "run", "--model", model))
+    before = files(folder / "run")
+    evaluate(folder, "run", "--model", model, "--set", "input.label_map.0=1").refused(2, "label_map")
+    assert files(folder / "run") == before
 
 
 def test_a_template_that_finds_no_label_is_refused_and_nothing_is_written(folder: Path) -> None:
