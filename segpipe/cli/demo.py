@@ -57,10 +57,11 @@ def _draw(run: str, folder: str, config: InputConfig) -> int:
             if scene.header is None:
                 continue
             source, header = scene.source, scene.header
-            whole = Window(0, 0, header.height, header.width)
+            size = header.height, header.width
+            whole = Window(0, 0, *size)
             with (
                 open_scene(source, header, config) as pixels,
-                open_label(source, header.height, header.width, info.card.classes, config) as labels,
+                open_label(source, *size, info.card.classes, config, header.located) as labels,
             ):
                 image, label = pixels.read(whole)[0][:3], labels.read(whole)
             units = SceneUnits(source.scene_id, part, scene.first_unit, scene.units)

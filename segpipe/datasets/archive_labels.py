@@ -29,7 +29,8 @@ def open_scene_label(scene: SceneSource, header: SceneHeader, config: PrepareCon
     """
     if not is_vector(scene.label_uri):
         wanted = InputConfig(label_map=config.label_map, limits=config.limits)
-        with open_label(scene, header.height, header.width, config.classes, wanted) as reader:
+        size = header.height, header.width
+        with open_label(scene, *size, config.classes, wanted, header.located) as reader:
             yield reader.read
         return
     crs, transform = header.crs, header.transform

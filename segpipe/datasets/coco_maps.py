@@ -144,7 +144,7 @@ class CocoMapsLayout(ReadsAlone):
         image = as_colour(decode_image(data, ref.scene.where, self._config.limits))
         height, width = image.pixels.shape[1:]
         wanted = InputConfig(label_map=self._label_map, limits=self._config.limits)
-        with open_label(ref.scene, height, width, self.classes, wanted) as reader:
+        with open_label(ref.scene, height, width, self.classes, wanted, image.located) as reader:
             label = reader.read(Window(0, 0, height, width))
         return whole_sample(data, image, label)
 

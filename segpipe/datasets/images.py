@@ -13,7 +13,7 @@ from segpipe.config.card import IGNORE, PIXEL_DTYPES, ClassInfo
 from segpipe.config.model import InputConfig, LimitsConfig
 from segpipe.datasets.layout import Sample, SampleRef
 from segpipe.errors import SceneError
-from segpipe.geometry.georef import Transform
+from segpipe.geometry.georef import Located, Transform
 from segpipe.geometry.grid import Window
 from segpipe.rasters import georeference
 from segpipe.rasters.chips import encode_tiff
@@ -45,7 +45,7 @@ class _Facts:
     rule: ValidityRule
     palette: Array | None
     """What `palette_of` gives; None = no indexed image."""
-    located: tuple[str | None, Transform | None]
+    located: Located
     plain: bool
     """The encoded image has just these bands, so it can be passed through."""
 
@@ -61,6 +61,11 @@ class DecodedImage:
     crs: str | None
     transform: Transform | None
 
+    @property
+    def located(self) -> Located:
+        """CRS and transform."""
+        return self.crs, self.transform
+
 
 def read_pair(
     ref: SampleRef, classes: tuple[ClassInfo, ...], label_map: dict[str, int], limits: LimitsConfig
@@ -70,7 +75,7 @@ def read_pair(
     image = decode_image(data, ref.scene.where, limits)
     height, width = image.pixels.shape[1:]
     config = InputConfig(label_map=label_map, limits=limits)
-    with open_label(ref.scene, height, width, classes, config) as reader:
+    with open_label(ref.scene, height, width, classes, config, image.located) as reader:
         label = reader.read(Window(0, 0, height, width))
     return whole_sample(data, image, label)
 

@@ -15,6 +15,8 @@ from segpipe.geometry.grid import Window
 Transform = tuple[float, float, float, float, float, float]
 Point = tuple[float, float]
 Bbox = tuple[float, float, float, float]
+Located = tuple[str | None, Transform | None]
+"""CRS, as ``EPSG:n`` or WKT2, and transform; None for what is not known."""
 
 WGS84_A_M: Final = 6378137.0
 WGS84_E2: Final = 6.69437999014e-3
@@ -40,6 +42,30 @@ def coarser(transform: Transform, factor: int) -> Transform:
     """The transform of pixels ``factor`` times as large, from the same corner."""
     a, b, c, d, e, f = transform
     return a * factor, b * factor, c, d * factor, e * factor, f
+
+
+def stray_corner(
+    own: Transform, other: Transform, height: int, width: int, most_px: float
+) -> tuple[str, float] | None:
+    """The first corner of ``height`` x ``width`` pixels that two transforms of one system put apart.
+
+    Apart: by more than ``most_px`` of ``own``'s pixels along its rows or columns. Returns the corner's name
+    and the distance in those pixels; None where all four are together. ``own`` must have an area.
+    """
+    a, b, _, d, e, _ = own
+    det = a * e - b * d
+    for name, col, row in (
+        ("upper left", 0, 0),
+        ("upper right", width, 0),
+        ("lower left", 0, height),
+        ("lower right", width, height),
+    ):
+        (x, y), (there_x, there_y) = apply(own, col, row), apply(other, col, row)
+        dx, dy = there_x - x, there_y - y
+        cols, rows = (e * dx - b * dy) / det, (a * dy - d * dx) / det
+        if not (abs(cols) <= most_px and abs(rows) <= most_px):  # not: NaN is apart
+            return name, math.hypot(cols, rows)
+    return None
 
 
 def outline(transform: Transform, window: Window, edge_points: int) -> list[Point]:

@@ -35,7 +35,8 @@ class LabelReaders:
         key = f"{source.scene_id}\0{source.version_text}"
 
         def opener() -> LabelReader:
-            return open_label(source, header.height, header.width, self.card.classes, self.config)
+            size, classes = (header.height, header.width), self.card.classes
+            return open_label(source, *size, classes, self.config, header.located)
 
         try:
             return self._labels.get(key, opener).read(window)

@@ -15,7 +15,7 @@ from rasterio.warp import transform as project
 
 from segpipe.errors import ObjectMissing, StorageRefused
 from segpipe.geometry import georef
-from segpipe.geometry.georef import Bbox, Point, Transform
+from segpipe.geometry.georef import Bbox, Located, Point, Transform
 from segpipe.geometry.grid import Window
 from segpipe.rasters.driver import GDAL_ERRORS, gdal_environment
 from segpipe.storage import open_object
@@ -31,20 +31,32 @@ _EPSG_CONFIDENCE: Final = 90  # of 100: the same system, if perhaps under anothe
 _EDGE_POINTS: Final = 3
 _FARTHEST: Final = 1e12
 
-Located = tuple[str | None, Transform | None]
-
 
 def of_dataset(dataset: Any) -> Located:
     """CRS and transform that the raster itself carries; rotated and south-up transforms stay as they are.
 
     Ground control points count where one affine transform fits them (`GCP_RESIDUAL_PX`); RPCs do not.
     """
-    transform = _checked(tuple(dataset.transform)[:6])
+    crs_text, transform = of_affine(dataset)
     if transform is not None:
-        return _crs_text(dataset), transform
+        return crs_text, transform
     points, crs = dataset.gcps
     fitted = _from_gcps(points) if points else None
     return (None, None) if fitted is None else (_text(lambda: crs), fitted)
+
+
+def of_affine(dataset: Any) -> Located:
+    """As `of_dataset`, but without ground control points."""
+    transform = _checked(tuple(dataset.transform)[:6])
+    return (None, None) if transform is None else (_crs_text(dataset), transform)
+
+
+def are_different(one: str, other: str) -> bool:
+    """Whether two systems, as `Located` writes them, are known to differ: both have an EPSG code."""
+    if one == other or not (one.startswith("EPSG:") and other.startswith("EPSG:")):
+        return False
+    first, second = _crs_of(one), _crs_of(other)
+    return first is None or second is None or first != second
 
 
 def of_sidecar(uri: str) -> Located:

@@ -14,9 +14,10 @@ from rasterio.enums import MaskFlags
 from segpipe.config.card import IGNORE, ClassInfo
 from segpipe.config.model import InputConfig
 from segpipe.errors import ConfigError, SceneError
+from segpipe.geometry.georef import Located, stray_corner
 from segpipe.geometry.grid import Window
 from segpipe.pages import block_zeros
-from segpipe.rasters import shards
+from segpipe.rasters import georeference, shards
 from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_bytes
 from segpipe.rasters.header import check_limits
 from segpipe.rasters.palette import has_palette
@@ -30,14 +31,22 @@ _COLOUR: Final = re.compile(r"#[0-9a-fA-F]{6}")
 _UNMAPPED: Final = 256  # of the uint16 tables; 0..255 are class bytes
 _CHUNK_PX: Final = 1 << 18
 _MOST_NAMED: Final = 5
+_NEAR_PX: Final = 0.5 + 1e-6  # half a pixel is what "point" and "area" differ by; the rest is rounding
 _NO_TRUTH: Final = -1  # code of a pixel that the label itself marks as no data
 
 
 def open_label(
-    source: SceneSource, height: int, width: int, classes: Sequence[ClassInfo], config: InputConfig
+    source: SceneSource,
+    height: int,
+    width: int,
+    classes: Sequence[ClassInfo],
+    config: InputConfig,
+    located: Located = (None, None),
 ) -> LabelReader:
-    """Open the label of a scene of ``height`` x ``width`` pixels.
+    """Open the label of a scene of ``height`` x ``width`` pixels that is ``located`` there.
 
+    Where scene and label both have a CRS and a transform, the label must lie on the scene's grid: its corners
+    within half a scene pixel, and in the same system as far as that can be told.
     Values: ``label_map`` ("7" or "#rrggbb" -> class index or 255); without it an index raster's values
     are the class indices, and a colour image's colours those of the classes. 255 is ignored unless it is
     mapped. A palette counts as colours where the map has colours, else as indices.
@@ -53,6 +62,7 @@ def open_label(
         if (facts.height, facts.width) != (height, width):
             what = f"the label has {facts.height} x {facts.width} pixels, the scene {height} x {width}"
             raise SceneError("label_size", what, raster.where, "Write the label on the scene's own grid.")
+        _check_place(facts, located, raster.where)
         with faults_as("label_read"):
             raster.call("header", lambda data: check_limits(data, raster.driver, raster.where, config.limits))
             decoder = _decoder(facts, value_map, colour_map, classes, raster.where)
@@ -98,6 +108,7 @@ class _Facts:
     nodata: float | None
     palette: tuple[int, ...] | None
     """Colour of each index as 0xrrggbb, -1 where it is transparent."""
+    located: Located
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +226,24 @@ def _facts(dataset: Any) -> _Facts:
         mask=MaskFlags.per_dataset in flags and not {MaskFlags.alpha, MaskFlags.nodata} & flags,
         nodata=dataset.nodatavals[0],
         palette=palette,
+        located=georeference.of_affine(dataset),
     )
+
+
+def _check_place(facts: _Facts, located: Located, where: str) -> None:
+    """Raise `SceneError` ``label_size`` for a label that lies elsewhere than the scene."""
+    (crs, transform), (own_crs, own_transform) = located, facts.located
+    if crs is None or transform is None or own_crs is None or own_transform is None:
+        return
+    fix = "Warp it to the scene's grid; a label without georeference is taken as it lies."
+    if georeference.are_different(crs, own_crs):
+        raise SceneError("label_size", f"the label is in {own_crs}, the scene in {crs}", where, fix)
+    stray = stray_corner(transform, own_transform, facts.height, facts.width, _NEAR_PX)
+    if stray is not None:
+        corner, distance_px = stray
+        far = f"{distance_px:,.1f}" if distance_px > 0.95 else f"{distance_px:.2f}"
+        what = f"the label lies elsewhere: its {corner} corner is {far} pixels from the scene's"
+        raise SceneError("label_size", what, where, fix)
 
 
 def _decoder(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from segpipe.geometry.georef import Located
+
 CHANGED_FIX: Final = "Run the same command again: it takes the new version."
 """What to do about a scene or shard that is not the planned version."""
 
@@ -96,3 +98,8 @@ class SceneHeader:
     """Acquisition time, ISO 8601, where the file says it."""
     num_alpha_bands: int = 0
     """Of ``num_bands``; known while planning, not kept in the plan."""
+
+    @property
+    def located(self) -> Located:
+        """CRS and transform."""
+        return self.crs, self.transform

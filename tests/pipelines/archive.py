@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import rasterio
 import rasterio.errors
 import torch
-from rasters import UTM33, write_tiff
+from rasters import write_tiff
 
 from segpipe.cli.main import main
 from segpipe.config.card import ClassInfo, ModelCard
@@ -95,20 +95,25 @@ def write_scene(
     if strips:
         layout = {"blockysize": 8}
     if pixel_m is not None:
-        layout |= {
-            "crs": "EPSG:32633",
-            "transform": rasterio.Affine(pixel_m, 0, 500_000.0 + seed, 0, -pixel_m, 5_000_000.0),
-        }
+        layout |= grid_of(seed, pixel_m)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         write_tiff(path, pixels, compress="deflate", **(layout | profile))
     return pixels
 
 
+def grid_of(seed: int, pixel_m: float = 0.5, shift_px: float = 0.0) -> dict[str, Any]:
+    """Return CRS and transform of `write_scene`'s scene, moved ``shift_px`` to the east."""
+    west = 500_000.0 + seed + shift_px * pixel_m
+    return {"crs": "EPSG:32633", "transform": rasterio.Affine(pixel_m, 0, west, 0, -pixel_m, 5_000_000.0)}
+
+
 def write_label(path: Path, label: Array, **profile: Any) -> Path:
-    """Write class indices, uint8 (height, width), as a GeoTIFF."""
+    """Write class indices, uint8 (height, width), as a TIFF: without georeference but for `grid_of`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_tiff(path, label[None], compress="deflate", **(UTM33 | profile))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        return write_tiff(path, label[None], compress="deflate", **profile)
 
 
 def tell_changed(path: Path) -> None:

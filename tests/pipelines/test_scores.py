@@ -14,6 +14,7 @@ import pytest
 from archive import (
     Done,
     files,
+    grid_of,
     local,
     make_model,
     ok,
@@ -37,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     make_model(tmp_path / "model.safetensors", "pixel")
     for number, (name, size) in enumerate(SIZES.items()):
         write_scene(tmp_path / f"in/{name}.tif", *size, seed=number)
-        write_label(tmp_path / f"labels/{name}.tif", label_of(name))
+        write_label(tmp_path / f"labels/{name}.tif", label_of(name), **grid_of(number))
     return tmp_path
 
 
@@ -215,6 +216,21 @@ def test_a_label_of_another_size_or_with_unmapped_values_is_a_failed_row_and_the
     assert "130 x 96" in failures["a"]["error"]
     assert "7" in failures["c"]["error"]
     assert (folder / "run/_SUCCESS").exists()
+
+
+def test_a_label_that_lies_elsewhere_is_a_failed_row_and_the_rest_is_scored(folder: Path) -> None:
+    write_label(folder / "labels/a.tif", label_of("a"), **grid_of(0, shift_px=50))
+    done = evaluate(folder, "run", "--model", folder / "model.safetensors", block_px=50)
+    assert done.code == 5
+    assert "1 of 3 scenes have failed" in done.err
+    failures = table(folder, "run", "failures")
+    assert {(row["scene_id"], row["error_kind"]) for row in failures} == {("a", "label_size")}
+    assert "its upper left corner is 50.0 pixels from the scene's" in failures[0]["error"]
+    assert str(folder / "labels/a.tif") in failures[0]["error"]
+    scored = {row["scene_id"]: row["compared_px"] for row in table(folder, "run", "scenes")}
+    assert {name for name, pixels in scored.items() if pixels} == {"b", "c"}
+    write_label(folder / "labels/a.tif", label_of("a"))
+    ok(evaluate(folder, "run", "--model", folder / "model.safetensors", block_px=50))
 
 
 def test_a_label_map_gives_values_their_classes(folder: Path) -> None:

@@ -100,6 +100,21 @@ def test_areas_without_a_class_for_the_ground_are_refused_before_anything_is_wri
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_that_lie_elsewhere_are_refused_and_named(tmp_path: Path) -> None:
+    for name, moved in (("a", 0.0), ("b", 50.0)):
+        blank(tmp_path, name, 40)
+        label = tmp_path / f"labels/{name}.tif"
+        with rasterio.open(label, "r+") as file:
+            file.transform = rasterio.Affine.translation(moved, 0) @ file.transform
+    source, output = tmp_path / "scenes", tmp_path / "out"
+    with pytest.raises(InputError, match="4 samples cannot be used") as caught:
+        prepared("archive", source, output, **SMALL)
+    text = str(caught.value)
+    assert "b/r00000_c00000 (label_size): the label lies elsewhere: its upper left corner is 50.0 pix" in text
+    assert str(label) in text
+    assert not (output / "dataset.json").exists()
+
+
 def test_properties_become_classes_and_unknown_ones_are_named(tmp_path: Path) -> None:
     write_scene(tmp_path, "a", np.zeros((3, 40, 40), np.uint8), None)
     write_areas(tmp_path / "labels/a.geojson", [box(0, -9, 9, 0)], "EPSG:32633", kind="shed")

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from affine import Affine
 from PIL import Image
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasters import noise, source_of, version_of, write_tiff
 
 from segpipe.config.card import ClassInfo
 from segpipe.config.model import InputConfig
 from segpipe.errors import ConfigError, SceneError
 from segpipe.geometry.grid import Window
+from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.labels import open_label, parse_label_map
 from segpipe.rasters.scene import SceneSource, Version
 
@@ -24,6 +28,10 @@ CLASSES = (
     ClassInfo(name="water", color=GREEN),
     ClassInfo(name="roof", color=BLUE),
 )
+NORTH_UP = Affine(0.3, 0.0, 500_000.0, 0.0, -0.3, 5_000_000.0)
+SOUTH_UP = Affine(0.3, 0.0, 500_000.0, 0.0, 0.3, 5_000_000.0)
+ROTATED = NORTH_UP @ Affine.rotation(30)
+UTM33_HEIGHT = "EPSG:32633+5773"  # with heights: a system without a code of its own
 INDICES = (np.arange(600).reshape(20, 30) % 3).astype(np.uint8)
 
 
@@ -218,6 +226,72 @@ def test_another_size_is_an_error_with_both_sizes(scene: Path, tmp_path: Path) -
     label = write_tiff(tmp_path / "l.tif", INDICES[None])
     with fault("label_size", "l.tif", "20 x 30", "21 x 30"):
         read(scene, label, size=(21, 30))
+
+
+def place(crs: Any = "EPSG:3857", shift_px: float = 0.0, transform: Affine | None = None) -> dict[str, Any]:
+    """Return CRS and transform of pixels of 0.3 m; the label's columns lie ``shift_px`` further."""
+    there = NORTH_UP if transform is None else transform
+    return {"crs": crs, "transform": there @ Affine.translation(shift_px, 0)}
+
+
+def read_placed(tmp_path: Path, of_scene: dict[str, Any], of_label: dict[str, Any]) -> None:
+    scene = write_tiff(tmp_path / "scene.tif", noise(3, 20, 30), **of_scene)
+    label = write_tiff(tmp_path / "l.tif", INDICES[None], **of_label)
+    source = source_of(scene, label=label)
+    located = inspect_scene(source, 3, InputConfig()).located
+    with open_label(source, 20, 30, CLASSES, InputConfig(), located) as reader:
+        np.testing.assert_array_equal(reader.read(Window(0, 0, 20, 30)), INDICES)
+
+
+@pytest.mark.parametrize("turn", [NORTH_UP, SOUTH_UP, ROTATED])
+@pytest.mark.parametrize("shift_px", [0.0, 0.3, -0.5])
+def test_a_label_on_the_scenes_grid_is_read(tmp_path: Path, turn: Affine, shift_px: float) -> None:
+    read_placed(tmp_path, place(transform=turn), place(shift_px=shift_px, transform=turn))
+
+
+@pytest.mark.parametrize("turn", [NORTH_UP, SOUTH_UP, ROTATED])
+@pytest.mark.parametrize(("shift_px", "text"), [(1.0, "1.0"), (-50.0, "50.0"), (0.6, "0.60")])
+def test_a_label_that_lies_elsewhere_is_an_error_with_the_distance(
+    tmp_path: Path, turn: Affine, shift_px: float, text: str
+) -> None:
+    with fault("label_size", "l.tif", "upper left corner is " + text + " pixels", "Warp it to"):
+        read_placed(tmp_path, place(transform=turn), place(shift_px=shift_px, transform=turn))
+
+
+def test_each_corner_of_a_label_must_be_the_scenes(tmp_path: Path) -> None:
+    with fault("label_size", "upper right corner is 15.0 pixels"):
+        read_placed(tmp_path, place(), place(transform=NORTH_UP @ Affine.scale(1.5, 1)))
+    with fault("label_size", "lower left corner is 2.0 pixels"):
+        read_placed(tmp_path, place(), place(transform=NORTH_UP @ Affine.scale(1, 1.1)))
+    with fault("label_size", "upper left corner is 20.0 pixels"):
+        read_placed(tmp_path, place(), place(transform=SOUTH_UP @ Affine.translation(0, -20)))
+
+
+def test_a_label_in_another_system_is_an_error_that_names_both(tmp_path: Path) -> None:
+    with fault("label_size", "l.tif", "the label is in EPSG:32645, the scene in EPSG:3857", "Warp it"):
+        read_placed(tmp_path, place(), place("EPSG:32645"))
+
+
+def test_one_system_may_be_written_in_several_ways(tmp_path: Path) -> None:
+    utm = CRS.from_epsg(32633)
+    for other in (utm.to_wkt(version="WKT1_ESRI"), "+proj=utm +zone=33 +datum=WGS84 +units=m", UTM33_HEIGHT):
+        read_placed(tmp_path, place(utm), place(other))
+        read_placed(tmp_path, place(other), place(utm))
+    read_placed(tmp_path, place("EPSG:3857"), place("ESRI:102100"))
+    with fault("label_size", "lies elsewhere"):  # the place stands where the system cannot be told
+        read_placed(tmp_path, place(utm), place(UTM33_HEIGHT, shift_px=3))
+
+
+@pytest.mark.parametrize("lacking", ["crs", "transform"])
+def test_what_has_no_whole_georeference_is_taken_as_it_lies(tmp_path: Path, lacking: str) -> None:
+    moved = place("EPSG:32645", shift_px=70)
+    part = {name: value for name, value in moved.items() if name != lacking}
+    read_placed(tmp_path, place(), part)
+    read_placed(tmp_path, part, place())
+    read_placed(tmp_path, place(), {})
+    read_placed(tmp_path, {}, place())
+    corners = [GroundControlPoint(row, col, col + 9e5, -row) for row in (0, 20) for col in (0, 30)]
+    read_placed(tmp_path, place(), {"gcps": corners, "crs": "EPSG:3857"})
 
 
 def test_a_missing_or_unreadable_label_is_an_error(scene: Path, tmp_path: Path) -> None:
