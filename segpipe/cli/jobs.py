@@ -121,6 +121,7 @@ def _print_dry_run(plan: DryRun, as_json: bool) -> None:
         "source_bytes": totals.source_bytes,
         "validity": totals.validity,
         "coarser_than_model": totals.coarser.count,
+        "bands_named_otherwise": sum(named.count for named in totals.bands_named.values()),
         "workers": pool.workers,
         "cpus_per_worker": pool.cpus_per_worker,
         "gpus_per_worker": pool.gpus_per_worker,

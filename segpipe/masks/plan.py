@@ -39,6 +39,9 @@ class PlanScene:
     """evaluate --masks: where the scene's masks lie in the run that is scored."""
     error_kind: str | None = None
     error: str | None = None
+    bands_named: tuple[str, ...] | None = None
+    """What the file calls the chosen bands, "" for no name, where the model takes other ones in their places;
+    known while planning, not kept in the plan."""
 
     def grid(self, facts: Facts) -> SceneGrid | None:
         """Return the scene's cells and blocks, None where the header could not be read."""

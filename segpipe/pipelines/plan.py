@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
@@ -16,6 +17,7 @@ from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_pa
 from segpipe.masks.read import SceneUnits, iter_plan
 from segpipe.masks.run import FAILURES_KEY, Facts, list_parts, plan_key
 from segpipe.pipelines.events import Events
+from segpipe.rasters.band_names import are_others
 from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_list import SceneList
@@ -24,6 +26,8 @@ from segpipe.wording import Named, counted
 
 Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]
 FindMasks = Callable[[Sequence[SceneSource]], dict[str, SceneUnits]]
+
+_MOST_NAMINGS: Final = 8
 
 
 def inspect_source(source: SceneSource, config: SegpipeConfig, card: ModelCard) -> PlanScene:
@@ -41,7 +45,9 @@ def inspect_source(source: SceneSource, config: SegpipeConfig, card: ModelCard) 
         return PlanScene(source, None, error_kind=error.kind, error=str(error))
     asked = config.inference.downsample
     factor = choose_downsample(card.pixel_m, header.pixel_m) if asked == "auto" else asked
-    return PlanScene(source, header, factor, is_coarser(card.pixel_m, header.pixel_m))
+    coarser = is_coarser(card.pixel_m, header.pixel_m)
+    names = header.band_names if are_others(header.band_names, card.bands) else None
+    return PlanScene(source, header, factor, coarser, bands_named=names)
 
 
 @dataclass(slots=True)
@@ -60,6 +66,8 @@ class PlanTotals:
     coarser: Named = field(default_factory=Named)
     validity: dict[str, int] = field(default_factory=dict)
     extra_bands: Named = field(default_factory=Named)
+    bands_named: dict[str, Named] = field(default_factory=dict)
+    """What bands are called, where the model takes others -> the scenes."""
 
     def add(self, scene: PlanScene, facts: Facts) -> None:
         self.scenes += 1
@@ -81,6 +89,11 @@ class PlanTotals:
             self.coarser.add(scene.source.scene_id)
         if header.num_bands - header.num_alpha_bands > len(header.bands):
             self.extra_bands.add(scene.source.scene_id)
+        if scene.bands_named is not None:
+            names = ", ".join(name or "?" for name in scene.bands_named)
+            if names not in self.bands_named and len(self.bands_named) >= _MOST_NAMINGS:
+                names = "otherwise"  # memory is bounded whatever the archive
+            self.bands_named.setdefault(names, Named()).add(scene.source.scene_id)
 
 
 def plan_part(scenes: Iterable[PlanScene], facts: Facts, totals: PlanTotals) -> list[PlanScene]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from segpipe.errors import (
     nothing_written,
 )
 from segpipe.inference.memory import return_freed_pages
-from segpipe.masks.plan import PART_SCENES, part_num_units
+from segpipe.masks.plan import PART_SCENES, PlanScene, part_num_units
 from segpipe.masks.read import iter_plan
 from segpipe.masks.run import (
     SUCCESS_KEY,
@@ -58,6 +58,7 @@ from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import WorkerSetup
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.labels import parse_label_map
+from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage, open_storage, read_uri
 from segpipe.versions import versions_of
@@ -199,7 +200,7 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
             index = MaskIndex(open_storage(job.masks_uri)) if job.masks_uri is not None else None
             inspect = _inspector(job, executor, info)
             totals = make_plan(storage, scenes, info.facts, inspect, events, index.find if index else None)
-            _announce(totals, scenes, events)
+            _announce(totals, scenes, info.card, events)
             if index is not None:
                 what = "whose file is not the one that the masks were made from"
                 _warn_of(index.other_version, what, events)
@@ -230,7 +231,7 @@ def plan_job(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
                 plan_part(inspect([source for source, _ in page]), info.facts, totals)
                 done += len(page)
                 events.planned(done, total)
-            _announce(totals, scenes, events)
+            _announce(totals, scenes, info.card, events)
             left = sum(map(len, missing_units(storage)[0]))
             return DryRun(totals, scenes.num_known, left, info.facts, pool, hardware)
     finally:
@@ -280,10 +281,17 @@ def _run_info(job: Job, facts: Facts) -> RunInfo:
 
 
 def _inspector(job: Job, executor: Executor, info: RunInfo) -> Inspect:
-    return lambda sources: executor.inspect(sources, job.config, info.card)
+    def inspect(sources: Sequence[SceneSource]) -> Iterable[PlanScene]:
+        found = executor.inspect(sources, job.config, info.card)
+        if job.masks is None:
+            return found
+        # The masks that are scored were made of the bands that their run was told to take.
+        return (replace(scene, bands_named=None) for scene in found)
+
+    return inspect
 
 
-def _announce(totals: PlanTotals, scenes: SceneList, events: Events) -> None:
+def _announce(totals: PlanTotals, scenes: SceneList, card: ModelCard, events: Events) -> None:
     if scenes.num_known:
         known = counted(scenes.num_known, "scene")
         events.message(f"{known} planned already, {totals.scenes} new or changed")
@@ -293,6 +301,10 @@ def _announce(totals: PlanTotals, scenes: SceneList, events: Events) -> None:
     _warn_of(totals.coarser, "with pixels more than 1.5 x coarser than the model's", events)
     what = "with more bands than the model takes, of which the first are used"
     _warn_of(totals.extra_bands, what, events)
+    for names, named in totals.bands_named.items():
+        wanted = ", ".join(card.bands)
+        what = f"whose bands are named {names} where the model takes {wanted} (set input.bands)"
+        _warn_of(named, what, events)
 
 
 def _warn_of(scenes: Named, what: str, events: Events) -> None:

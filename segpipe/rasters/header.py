@@ -13,6 +13,7 @@ from segpipe.config.card import PIXEL_DTYPES
 from segpipe.config.model import InputConfig, LimitsConfig
 from segpipe.errors import SceneError
 from segpipe.rasters import georeference, shards
+from segpipe.rasters.band_names import band_names
 from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_bytes
 from segpipe.rasters.palette import has_palette
 from segpipe.rasters.scene import SceneHeader, SceneSource
@@ -134,6 +135,7 @@ def _header(
         pixel_m=georeference.pixel_size_m(crs, transform, height, width),
         datetime=_datetime(dataset),
         num_alpha_bands=len(alpha_bands(dataset)),
+        band_names=band_names(dataset, bands) if config.bands == "auto" and not colours else (),
     )
 
 

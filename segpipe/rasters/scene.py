@@ -98,6 +98,8 @@ class SceneHeader:
     """Acquisition time, ISO 8601, where the file says it."""
     num_alpha_bands: int = 0
     """Of ``num_bands``; known while planning, not kept in the plan."""
+    band_names: tuple[str, ...] = ()
+    """Colours that the file gives the chosen bands, "" for none, where ``input.bands`` is auto; not kept."""
 
     @property
     def located(self) -> Located:

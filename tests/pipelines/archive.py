@@ -43,7 +43,14 @@ Array = np.ndarray[Any, Any]
 
 
 def make_model(
-    path: Path, family: str = "unet", *, bands: int = 3, classes: int = 3, seed: int = 11, **card: Any
+    path: Path,
+    family: str = "unet",
+    *,
+    bands: int = 3,
+    names: tuple[str, ...] = (),
+    classes: int = 3,
+    seed: int = 11,
+    **card: Any,
 ) -> Path:
     """Save a tiny model of random weights: a U-Net of width 4 and depth 2, or a linear pixel classifier.
 
@@ -58,7 +65,7 @@ def make_model(
     values: dict[str, Any] = {
         "family": family,
         "options": options,
-        "bands": tuple(f"band{number}" for number in range(1, bands + 1)),
+        "bands": names or tuple(f"band{number}" for number in range(1, bands + 1)),
         "mean": (120.0,) * bands,
         "std": (60.0,) * bands,
         "tile_px": TILE_PX,

@@ -12,7 +12,22 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from archive import files, local, make_model, objects, ok, predict, rows, run, write_label, write_scene
+import rasterio
+from archive import (
+    Done,
+    files,
+    local,
+    make_model,
+    objects,
+    ok,
+    predict,
+    rows,
+    run,
+    whole_masks,
+    write_label,
+    write_scene,
+)
+from rasterio.enums import ColorInterp
 
 from segpipe.masks.run import require_run
 from segpipe.storage import open_object, open_storage
@@ -196,6 +211,42 @@ def test_coarser_scenes_and_further_bands_are_named_once_and_stand_in_the_report
     }  # fmt: skip
     again = ok(predict(scenes, model, tmp_path / "run", **CUT))
     assert "warning" not in again.err
+
+
+def warnings_of(done: Done) -> list[str]:
+    return [line for line in done.err.splitlines() if line.startswith("warning: ")]
+
+
+def test_scenes_whose_bands_are_named_in_another_order_are_named_and_read_as_they_lie(
+    tmp_path: Path, scenes: Path
+) -> None:
+    model = make_model(tmp_path / "colours.safetensors", "pixel", names=("red", "green", "blue"))
+    plain = ok(predict(scenes, model, tmp_path / "plain", **CUT))
+    assert warnings_of(plain) == []
+    for path in sorted(scenes.iterdir()):
+        with rasterio.open(path, "r+") as file:
+            file.colorinterp = [ColorInterp.blue, ColorInterp.green, ColorInterp.red]
+    write_scene(scenes / "rgb.tif", 40, 40)
+    planned = ok(predict(scenes, model, tmp_path / "run", "--dry-run", "--json", **CUT))
+    assert planned.tree["bands_named_otherwise"] == 2
+    done = ok(predict(scenes, model, tmp_path / "run", **CUT))
+    (line,) = warnings_of(done)
+    assert line == warnings_of(planned)[0] == (
+        "warning: 2 scenes whose bands are named blue, green, red where the model takes red, green, blue "
+        "(set input.bands): a, b"
+    )  # fmt: skip
+    masks = whole_masks(tmp_path / "run")
+    for name, mask in whole_masks(tmp_path / "plain").items():
+        np.testing.assert_array_equal(masks[name], mask)
+    asked = predict(scenes, model, tmp_path / "asked", "--set", "input.bands=[3,2,1]", **CUT)
+    assert warnings_of(ok(asked)) == []
+    nameless = make_model(tmp_path / "nameless.safetensors", "pixel")
+    assert warnings_of(ok(predict(scenes, nameless, tmp_path / "nameless", **CUT))) == []
+    for name in ("a", "b", "rgb"):
+        write_label(tmp_path / f"labels/{name}.tif", np.zeros(masks[name].shape, np.uint8))
+    scored = ("--labels", f"{tmp_path}/labels/{{stem}}.tif", "--output", tmp_path / "scores")
+    done = ok(run("evaluate", scenes, "--masks", tmp_path / "asked", *scored, *local()))
+    assert warnings_of(done) == [], "the masks were made of the bands that were asked for"
 
 
 def test_what_an_input_folder_holds_besides_scenes_is_said(tmp_path: Path, scenes: Path, model: Path) -> None:
