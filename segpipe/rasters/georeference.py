@@ -59,6 +59,24 @@ def are_different(one: str, other: str) -> bool:
     return first is None or second is None or first != second
 
 
+def in_lonlat(located: Located, height: int, width: int) -> Transform | None:
+    """The affine transform to lon, lat degrees that agrees in three corners of ``height`` x ``width`` pixels.
+
+    None without georeference, and where the system has no way to lon, lat there.
+    """
+    crs, transform = located
+    if crs is None or transform is None:
+        return None
+    corners = [georef.apply(transform, *corner) for corner in ((0, 0), (width, 0), (0, height))]
+    points = _to_lonlat(crs, corners)
+    if points is None:
+        return None
+    (c, f), (right_x, right_y), (down_x, down_y) = points
+    a, d = (right_x - c) / width, (right_y - f) / width
+    b, e = (down_x - c) / height, (down_y - f) / height
+    return _checked((a, b, c, d, e, f))
+
+
 def of_sidecar(uri: str) -> Located:
     """CRS and transform of ``URI.aux.xml`` (GDAL's), which is parsed here and by nobody else.
 

@@ -235,14 +235,19 @@ def _check_place(facts: _Facts, located: Located, where: str) -> None:
     (crs, transform), (own_crs, own_transform) = located, facts.located
     if crs is None or transform is None or own_crs is None or own_transform is None:
         return
-    fix = "Warp it to the scene's grid; a label without georeference is taken as it lies."
-    if georeference.are_different(crs, own_crs):
-        raise SceneError("label_size", f"the label is in {own_crs}, the scene in {crs}", where, fix)
+    systems = ""
+    if georeference.are_different(crs, own_crs):  # maybe in name alone: ETRS89 and WGS84
+        size = facts.height, facts.width
+        transform, own_transform = (georeference.in_lonlat(each, *size) for each in (located, facts.located))
+        if transform is None or own_transform is None:
+            return
+        systems = f" (it is in {own_crs}, the scene in {crs})"
     stray = stray_corner(transform, own_transform, facts.height, facts.width, _NEAR_PX)
     if stray is not None:
         corner, distance_px = stray
         far = f"{distance_px:,.1f}" if distance_px > 0.95 else f"{distance_px:.2f}"
-        what = f"the label lies elsewhere: its {corner} corner is {far} pixels from the scene's"
+        what = f"the label lies elsewhere: its {corner} corner is {far} pixels from the scene's{systems}"
+        fix = "Warp it to the scene's grid; a label without georeference is taken as it lies."
         raise SceneError("label_size", what, where, fix)
 
 

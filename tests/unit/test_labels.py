@@ -267,9 +267,17 @@ def test_each_corner_of_a_label_must_be_the_scenes(tmp_path: Path) -> None:
         read_placed(tmp_path, place(), place(transform=SOUTH_UP @ Affine.translation(0, -20)))
 
 
-def test_a_label_in_another_system_is_an_error_that_names_both(tmp_path: Path) -> None:
-    with fault("label_size", "l.tif", "the label is in EPSG:32645, the scene in EPSG:3857", "Warp it"):
+def test_a_label_that_another_system_puts_elsewhere_is_an_error_that_names_both(tmp_path: Path) -> None:
+    with fault("label_size", "l.tif", "(it is in EPSG:32645, the scene in EPSG:3857)", "Warp it"):
         read_placed(tmp_path, place(), place("EPSG:32645"))
+
+
+def test_a_label_that_another_system_puts_in_the_same_place_is_read(tmp_path: Path) -> None:
+    etrs89 = place("EPSG:25832", transform=Affine(2, 0, 5e5, 0, -2, 5.5e6))
+    wgs84 = place("EPSG:32632", transform=Affine(2, 0, 5e5, 0, -2, 5.5e6))
+    read_placed(tmp_path, etrs89, wgs84)
+    with fault("label_size", "upper left corner is 3.0 pixels", "EPSG:32632"):
+        read_placed(tmp_path, etrs89, place("EPSG:32632", 3.0, Affine(2, 0, 5e5, 0, -2, 5.5e6)))
 
 
 def test_one_system_may_be_written_in_several_ways(tmp_path: Path) -> None:
