@@ -74,8 +74,8 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
     asked = {*config.split.fractions, *config.split.globs}
     if empty := sorted(asked - {shard.split for shard in shards}):
         by_ground = config.layout == "archive" and config.split.fractions
-        fix = "; a smaller split.grid_m gives the ground more cells" if by_ground else ""
-        events.warning(f"splits without a sample: {few(empty)}{fix}")
+        hint = "; a smaller split.grid_m gives the ground more cells" if by_ground else ""
+        events.warning(f"splits without a sample: {few(empty)}{hint}")
     _warn_of_pixel_sizes(config, tree, events)
     if not storage.put_if_absent(DATASET_KEY, to_json(tree)):
         tree = _adopted(storage, config, _look_at_output(storage, shards) or tree, written, events)
