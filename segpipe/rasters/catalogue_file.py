@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import datetime as dt
-from collections.abc import Iterator, Sequence
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from segpipe.errors import InputError, SegpipeError
@@ -21,7 +23,6 @@ from segpipe.storage import open_object
 OWN_COLUMNS: Final = ("uri", "scene_id", "label", "valid", "datetime")
 """Columns with a meaning here; all others are carried into the plan."""
 
-_BLOCK_BYTES: Final = 1 << 22
 _BATCH_ROWS: Final = 1024
 _CSV_TYPES: Final = (
     pa.int64(),
@@ -79,16 +80,20 @@ class CatalogueFile:
         if has_suffix(self.uri, (".csv",)):
             yield from _csv(file, self.columns)
         else:
-            yield from pq.ParquetFile(pa.PythonFile(file, mode="r")).iter_batches(_BATCH_ROWS)
+            table = pq.ParquetFile(pa.PythonFile(file, mode="r"))
+            yield from table.iter_batches(_BATCH_ROWS, use_threads=False)
 
 
 def open_catalogue(uri: str, version: Version) -> CatalogueFile:
     """Read the columns and, for CSV, the types that fit every row. Raises ``InputError``."""
     with _explained(uri):
         if has_suffix(uri, (".csv",)):
-            columns = _csv_columns(uri, version)
             with _opened(uri, version) as file:
-                types = _infer(_csv(file, columns))
+                columns = next(_csv_rows(file), [])
+                if not columns:
+                    raise ValueError("it is empty")
+                file.seek(0)
+                types = _infer(columns, _csv(file, columns))
             extra = pa.schema([(name, types[name]) for name in columns if name not in OWN_COLUMNS])
         else:
             with _opened(uri, version) as file:
@@ -146,7 +151,7 @@ def _explained(uri: str) -> Iterator[None]:
         yield
     except SegpipeError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         text = " ".join(str(error).split())[:300]
         raise InputError(
             f"the catalogue cannot be read: {text}", uri, "Correct it; CSV is UTF-8 with commas."
@@ -160,33 +165,40 @@ def _opened(uri: str, version: Version) -> Iterator[BinaryIO]:
         yield file
 
 
-def _csv_columns(uri: str, version: Version) -> list[str]:
-    """From a file of its own: what pyarrow reads ahead moves the file on after its reader is gone."""
-    with _opened(uri, version) as file:
-        names: list[str] = pacsv.open_csv(pa.PythonFile(file, mode="r"), *_csv_options()).schema.names
-        return names
+def _csv_rows(file: BinaryIO) -> Iterator[list[str]]:
+    """The header and all rows that are not blank, each of as many cells as the header."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        width = 0
+        reader = csv.reader(text, strict=True)
+        for row in reader:
+            if not row:
+                continue
+            width = width or len(row)
+            if len(row) != width:
+                shown = ",".join(row)[:80]
+                raise ValueError(f"line {reader.line_num}: {width} cells are wanted, not {len(row)}: {shown}")
+            yield row
+    finally:
+        text.detach()  # the file is its opener's to close
 
 
-def _csv(file: BinaryIO, columns: Sequence[str]) -> pacsv.CSVStreamingReader:
-    """A reader of batches with every column as text; an empty cell is null."""
-    convert = pacsv.ConvertOptions(
-        column_types={name: pa.string() for name in columns}, null_values=[""], strings_can_be_null=True
-    )
-    return pacsv.open_csv(pa.PythonFile(file, mode="r"), *_csv_options(), convert)
+def _csv(file: BinaryIO, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Batches with every column as text; an empty cell is null."""
+    rows = itertools.islice(_csv_rows(file), 1, None)
+    while page := list(itertools.islice(rows, _BATCH_ROWS)):
+        cells = zip(*page, strict=True)
+        arrays = [pa.array([cell or None for cell in column], pa.string()) for column in cells]
+        yield pa.RecordBatch.from_arrays(arrays, names=list(columns))
 
 
-def _csv_options() -> tuple[pacsv.ReadOptions, pacsv.ParseOptions]:
-    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
-    return read, pacsv.ParseOptions(newlines_in_values=True)
-
-
-def _infer(reader: pacsv.CSVStreamingReader) -> dict[str, pa.DataType]:
+def _infer(columns: Sequence[str], batches: Iterable[pa.RecordBatch]) -> dict[str, pa.DataType]:
     """The first type of _CSV_TYPES that fits all values of a column, whatever the order of the rows."""
     fitting: dict[str, list[pa.DataType]] = {
-        name: [] if name in OWN_COLUMNS else list(_CSV_TYPES) for name in reader.schema.names
+        name: [] if name in OWN_COLUMNS else list(_CSV_TYPES) for name in columns
     }
     filled: set[str] = set()
-    for batch in reader:
+    for batch in batches:
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             fitting[name] = [kind for kind in fitting[name] if _fits(column, kind)]
             if column.null_count < len(column):

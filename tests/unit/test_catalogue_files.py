@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,10 +18,8 @@ from scene_inputs import fault, ids, put, scenes
 
 from segpipe.config.model import InputConfig
 from segpipe.masks.plan import PlanScene, row_of_scene
-from segpipe.rasters import catalogue_file
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.header import inspect_scene
-from segpipe.rasters.scene import Version
 
 
 def test_a_csv_catalogue_gives_ids_labels_masks_times_and_typed_columns(root: str) -> None:
@@ -45,10 +42,7 @@ def test_a_csv_catalogue_gives_ids_labels_masks_times_and_typed_columns(root: st
     assert set(found[2].extra.values()) == {None}
 
 
-def test_catalogue_types_fit_all_rows_however_late_they_change(
-    root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(catalogue_file, "_BLOCK_BYTES", 4096)
+def test_catalogue_types_fit_all_rows_however_late_they_change(root: str) -> None:
     put(root, "a.tif")
     rows = [f"a.tif,s{index:06d},{index},{index}" for index in range(2_000)]
     rows[-1] = "a.tif,last,late,0.5"
@@ -62,31 +56,31 @@ def test_catalogue_types_fit_all_rows_however_late_they_change(
     assert first.extra == {"mixed": "0", "number": 0.0}
 
 
-def test_a_csv_of_many_blocks_from_slow_storage_gives_every_row_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = catalogue_file._opened
-
-    @contextmanager
-    def slow(uri: str, version: Version) -> Iterator[BinaryIO]:
-        with opened(uri, version) as file:
-            read = file.read
-
-            def late(size_bytes: int = -1, /) -> bytes:
-                time.sleep(0.02)  # longer than the header is at work: what is read ahead comes after it
-                return read(size_bytes)
-
-            monkeypatch.setattr(file, "read", late, raising=False)
-            yield file
-
-    monkeypatch.setattr(catalogue_file, "_BLOCK_BYTES", 4096)
-    monkeypatch.setattr(catalogue_file, "_opened", slow)
-    rows = [f"a.tif,s{index:06d},{index}" for index in range(1_000)]
+def test_a_csv_of_many_rows_gives_each_in_order_with_quotes_and_blank_lines(tmp_path: Path) -> None:
     put(str(tmp_path), "a.tif")
-    put(str(tmp_path), "cat.csv", data=("uri,scene_id,number\n" + "\n".join(rows)).encode())
+    rows = [f'a.tif,s{index:06d},"said ""{index}"",\nthen left"\r\n\r\n' for index in range(3_000)]
+    put(str(tmp_path), "cat.csv", data=("\ufeffuri,scene_id,note\r\n" + "".join(rows)).encode())
     found = scenes(str(tmp_path / "cat.csv"))
-    assert [source.scene_id for source in found] == [f"s{index:06d}" for index in range(1_000)]
-    assert [source.extra["number"] for source in found] == list(range(1_000))
+    assert [source.scene_id for source in found] == [f"s{index:06d}" for index in range(3_000)]
+    assert [source.extra["note"] for source in found] == [f'said "{i}",\nthen left' for i in range(3_000)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc/self/task")
+def test_a_damaged_csv_leaves_no_thread_that_could_keep_the_process_from_its_end(tmp_path: Path) -> None:
+    rows = [f"a.tif,{index}" if index != 5_000 else "a.tif" for index in range(300_000)]
+    put(str(tmp_path), "cat.csv", data=("uri,number\n" + "\n".join(rows)).encode())
+    code = (
+        "import os, sys, segpipe.rasters.catalogue\n"
+        "from scene_inputs import fault\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "print(fault(sys.argv[1]), len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cat.csv")]
+    folder = str(Path(__file__).parents[1])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=env)
+    assert "line 5002: 2 cells are wanted, not 1: a.tif" in done.stdout
+    assert done.stdout.split()[-1] == "0"
 
 
 def test_a_parquet_catalogue_keeps_its_types(tmp_path: Path) -> None:

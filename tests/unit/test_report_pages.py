@@ -141,7 +141,7 @@ def test_the_terminal_shows_classes_averages_and_coverage() -> None:
     assert building.split() == ["building", "0.7000", "0.8235", "0.7778", "0.8750", "40", "40", "40.00%"]
     assert "miou 0.7346" in text
     assert "compared 100 of 120 labelled pixels (83.33%)" in text
-    assert "scenes: 2, 1 ok, 1 failed, not_raster: 1" in text
+    assert "scenes: 2, 1 ok, 1 failed, 1 labelled, not_raster: 1" in text
 
 
 def test_the_terminal_shows_pixels_where_there_are_no_labels() -> None:
