@@ -148,7 +148,7 @@ class _Verifier:
         self._checker = UnitChecker(storage, info, full)
         self._result = Verification(storage.root, info.recipe_key, full)
         self._whole: dict[int, Totals] = {}
-        self._planned_units: dict[int, int] = {}
+        self._planned_units = 0
 
     def run(self) -> Verification:
         parts = self._check_plan()
@@ -183,7 +183,7 @@ class _Verifier:
                 continue
             try:
                 part = load_part(self._storage, number, self._info.facts)
-                self._planned_units[number] = count_part(part).units
+                self._planned_units += count_part(part).units
                 good.append(number)
             except CheckError as error:
                 self._find("damaged", key, error.what)
@@ -240,7 +240,7 @@ class _Verifier:
             bad += report.missing or report.fault is not None
             self._result.units_checked += 1
             if self._on_progress is not None:
-                self._on_progress(self._result.units_checked, sum(self._planned_units.values()))
+                self._on_progress(self._result.units_checked, self._planned_units)
         return bad
 
     def _check_success(self) -> None:

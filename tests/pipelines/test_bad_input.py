@@ -42,18 +42,6 @@ KIND_OF = {
 }
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "model.safetensors", "pixel")
-
-
-@pytest.fixture
-def scenes(tmp_path: Path) -> Path:
-    for number, name in enumerate(("a", "b", "c")):
-        write_scene(tmp_path / f"in/{name}.tif", 70, 90, seed=number)
-    return tmp_path / "in"
-
-
 def write_bad_scenes(folder: Path) -> None:
     """One file for each entry of KIND_OF."""
     whole = folder / "truncated.tif"

@@ -31,18 +31,6 @@ from segpipe.errors import StorageError
 from segpipe.rasters.reader import SceneReader
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "model.safetensors", "pixel")
-
-
-@pytest.fixture
-def scenes(tmp_path: Path) -> Path:
-    for number, name in enumerate(("a", "b", "c")):
-        write_scene(tmp_path / f"in/{name}.tif", 70, 90, seed=number)
-    return tmp_path / "in"
-
-
 def test_a_scene_that_is_replaced_while_it_is_read_fails_and_is_done_by_the_next_start(
     tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import pytest
 from archive import (
     local,
-    make_model,
     objects,
     ok,
     planned,
@@ -25,11 +23,6 @@ from archive import (
 )
 
 CUT = {"block_px": 64, "unit_px": 8000}
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "model.safetensors", "pixel")
 
 
 def success(folder: Path) -> dict[str, int]:
