@@ -24,6 +24,7 @@ LEVELS = {
     "geometry": 1,
     "config": 1,
     "errors": 0,
+    "imports": 0,
     "compiled": 0,
     "pages": 0,
     "versions": 0,

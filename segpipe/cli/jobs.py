@@ -9,6 +9,7 @@ from segpipe.cli.progress import ProgressEvents
 from segpipe.config.load import load_config
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import ConfigError, nothing_written
+from segpipe.imports import quick_start
 from segpipe.pipelines.predict import DryRun, Outcome, make_job, plan_job, run_job
 from segpipe.storage import read_uri
 from segpipe.wording import counted
@@ -47,6 +48,7 @@ def run_command(
     need_labels = kind == "evaluate"
     if need_labels and masks is None and config.model is None:
         raise ConfigError("nothing to score", "model", "Give --model URI or --masks RUN.")
+    quick_start(pandas=config.cluster.executor == "ray")
     job = make_job(config, masks_uri=masks)
     with ProgressEvents() as events:
         if dry_run:

@@ -10,6 +10,7 @@ import typer
 from segpipe import __version__
 from segpipe.cli import signals
 from segpipe.errors import SegpipeError
+from segpipe.imports import no_collection, own_process
 
 app = typer.Typer(
     name="segpipe",
@@ -57,7 +58,8 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Segment an archive of scenes into a dataset of georeferenced masks. The same command resumes."""
-    from segpipe.cli.jobs import run_command
+    with no_collection():
+        from segpipe.cli.jobs import run_command
 
     flags = _flags(scenes, model=model, output=output, labels=labels, executor=executor)
     raise typer.Exit(run_command("predict", config, flags, sets or [], dry_run=dry_run, as_json=as_json))
@@ -79,7 +81,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model, or a finished run's masks, against labels: IoU, Dice and more, as tables."""
-    from segpipe.cli.jobs import run_command
+    with no_collection():
+        from segpipe.cli.jobs import run_command
 
     flags = _flags(scenes, model=model, output=output, labels=labels, executor=executor)
     raise typer.Exit(
@@ -249,7 +252,9 @@ def _flags(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and end the process with its exit code."""
+    """Run the command line and end the process with its exit code; None = the arguments of the process."""
+    if arguments is None:
+        own_process()
     with signals.heard():
         try:
             code = app(args=arguments, standalone_mode=False)

@@ -28,6 +28,9 @@ _NO_MASK = np.empty((0, 0), np.uint8)
 _PASS_PX: Final = 2**18
 """Most pixels of one forward pass: the activations of larger ones fall out of the caches."""
 
+_FIRST_PX: Final = 64
+"""Side of what is computed once before any block."""
+
 
 @dataclass(slots=True)
 class _BlockState:
@@ -82,14 +85,15 @@ class CpuPath:
         self._forward = prepare_network(
             self._model, device="cpu", precision=config.precision, compile_network=config.compile
         )
-        input_BHWN = self._inputs.get()
+        # What is compiled is compiled for one shape; else a corner of a tile loads all that a tile needs.
+        side = side if config.compile else min(side, _FIRST_PX)
+        first_BHWN = np.zeros((self._pass_tiles if config.compile else 1, side, side, bands), np.float32)
         with ThreadPoolExecutor(1, "segpipe-kernels") as beside:
             loaded = beside.submit(self._load_kernels)
             with torch.inference_mode():
-                low = first_call(self._forward, _as_images(input_BHWN), compile_network=config.compile)
+                low = first_call(self._forward, _as_images(first_BHWN), compile_network=config.compile)
             loaded.result()
-        self._classes(_as_rows(low)[0], (0, 1, 0, 1), np.zeros((side, side), np.uint8), 0, 0)
-        self._inputs.put(input_BHWN)
+        _write_classes(_as_rows(low)[0], side, (0, 1, 0, 1), np.zeros((side, side), np.uint8), 0, 0)
 
     def _load_kernels(self) -> None:
         """Load the compiled pixel loops, which takes about as long as the first forward pass."""
@@ -177,22 +181,14 @@ class CpuPath:
         """Put one tile's classes, or its part of the weighted sums, into its block."""
         state: _BlockState = tile.job.state
         if state.canvas is None:
-            self._classes(low_HWC, tile.cell, state.classes, tile.row.out_start, tile.col.out_start)
+            side, row, col = self._config.tile_px, tile.row.out_start, tile.col.out_start
+            _write_classes(low_HWC, side, tile.cell, state.classes, row, col)
             return
         with state.lock:
             state.waiting[place] = low_HWC, tile
             while (turn := state.waiting.pop(state.added, None)) is not None:
                 state.canvas.add(turn[0], turn[1].row_index, turn[1].col)
                 state.added += 1
-
-    def _classes(
-        self, low_HWC: Array, cell: tuple[int, int, int, int], out_HW: Array, out_row: int, out_col: int
-    ) -> None:
-        side = self._config.tile_px
-        if low_HWC.shape[:2] == (side, side):
-            kernels.classes_from_full(low_HWC, cell, out_HW, out_row, out_col)
-        else:
-            kernels.classes_from_low(low_HWC, side, cell, out_HW, out_row, out_col)
 
     def finish(self, job: BlockJob) -> Callable[[], Array]:
         """See `ComputePath`."""
@@ -217,6 +213,16 @@ class CpuPath:
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         self._forward = None
+
+
+def _write_classes(
+    low_HWC: Array, side: int, cell: tuple[int, int, int, int], out_HW: Array, out_row: int, out_col: int
+) -> None:
+    """Write the classes of a cell of a tile of ``side`` pixels into the block."""
+    if low_HWC.shape[:2] == (side, side):
+        kernels.classes_from_full(low_HWC, cell, out_HW, out_row, out_col)
+    else:
+        kernels.classes_from_low(low_HWC, side, cell, out_HW, out_row, out_col)
 
 
 def _as_images(input_BHWN: Array) -> torch.Tensor:

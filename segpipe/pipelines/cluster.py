@@ -23,6 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import IncompleteError, InputError, SegpipeError, first_line
+from segpipe.imports import collect_as_usual, collect_rarely
 from segpipe.masks.plan import PlanScene
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import Isolation
@@ -125,6 +126,7 @@ class RayExecutor:
                 max_restarts=_MAX_RESTARTS,
                 max_task_retries=1,
             )
+        collect_as_usual()  # Ray Data's loop does leave garbage
         try:
             for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in batch.to_pylist():
@@ -174,6 +176,7 @@ class PoolWorker:
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._fault: str | None = None
+        collect_rarely()
         try:
             self._worker = Worker(setup)
         except Exception as error:

@@ -45,6 +45,21 @@ def test_masks_equal_the_naive_loop(family: str, classes: int, make_engine: Any)
     assert_classes_agree(mask, expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"), [("unet", {"width": 4, "depth": 6}), ("unet_mobilenet_v2", {})]
+)
+def test_tiles_larger_than_the_first_pass_too(family: str, options: Any, make_engine: Any) -> None:
+    """Before any block a corner of a tile is computed: it must do for the deepest network."""
+    torch.manual_seed(0)
+    model = centred(build(family, bands=3, classes=2, **options), 2)
+    card, pixels = make_card(2), make_pixels(150, 140)
+    grid = grid_of(pixels, tile_px=128)
+    expected = naive_scene(model, card, pixels, grid, None)
+    mask = segment_scene(make_engine(model, card, tile_px=128), pixels, None, grid)
+    assert len(np.unique(expected)) > 1
+    assert_classes_agree(mask, expected)
+
+
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "float64"])
 def test_every_pixel_type_gives_the_naive_classes(dtype: str, path: Any, make_engine: Any) -> None:
