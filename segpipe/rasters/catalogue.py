@@ -78,6 +78,7 @@ class _Builder:
         self.runs: list[str] = []
         self.schemas: list[tuple[str, pa.Schema]] = []
         self.notes: list[str] = []
+        self.idle_globs = {*config.include, *config.exclude}
 
     def build(self, need_labels: bool) -> SceneList:
         inputs = _look_at_all(self.config.scenes)
@@ -93,6 +94,9 @@ class _Builder:
         self._drop()
         self._pin_scenes()
         self._expand_shards()
+        if self.idle_globs:
+            globs = few(sorted(map(printable, self.idle_globs)))
+            self.notes.append(f"no scene matches {globs} of input.include and input.exclude")
         self.spool.check_ids()
         if need_labels and not self.spool.count("label IS NOT NULL"):
             fix = "Give --labels with a template, or a catalogue with a label column."
@@ -162,7 +166,7 @@ class _Builder:
         """Add a scene or a shard, with the paths of its label and mask where nothing else gives them."""
         check_scene_id(draft.scene_id, where or draft.uri)
         if has_suffix(draft.uri, SHARD_SUFFIXES):
-            excluded = _matches(draft.scene_id, self.config.exclude)
+            excluded = self._matches(draft.scene_id, self.config.exclude)
             self.spool.add(replace(draft, shard=True, keep=not excluded))
             return
         self.spool.add(self._completed(draft, own_label, own_mask))
@@ -180,8 +184,13 @@ class _Builder:
         return replace(draft, **changes)
 
     def _picked(self, scene_id: str) -> bool:
-        include, exclude = self.config.include, self.config.exclude
-        return (not include or _matches(scene_id, include)) and not _matches(scene_id, exclude)
+        excluded = self._matches(scene_id, self.config.exclude)
+        return (not self.config.include or self._matches(scene_id, self.config.include)) and not excluded
+
+    def _matches(self, scene_id: str, globs: Sequence[str]) -> bool:
+        found = [glob for glob in globs if fnmatch.fnmatchcase(scene_id, glob)]
+        self.idle_globs.difference_update(found)
+        return bool(found)
 
     def _drop(self) -> None:
         """Take out runs, labels and masks among the listed files, then what was not picked."""
@@ -297,10 +306,6 @@ def _look_at_all(texts: Sequence[str]) -> list[Input]:
 
 def _fill(template: PathTemplate | None, draft: Draft, key: str | None) -> str | None:
     return None if template is None else template.fill(draft.scene_id, draft.uri, key)
-
-
-def _matches(scene_id: str, globs: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(scene_id, glob) for glob in globs)
 
 
 def _pinned(shard: Draft) -> Version:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ _PASSING: Final = (408, 425, 429)  # with 5xx: what may be asked again (RFC 9110
 _CREDENTIALS: Final = "Check the credentials for this store."
 _NOT_ABSENCE: Final = (aiohttp.ClientError, ConnectionError, TimeoutError)
 _ABSENT: Final = (404, 410)
+_USUAL: Final = "a path, s3://, gs://, az:// or https://"
 _memory_lock = threading.Lock()
 
 
@@ -50,10 +52,14 @@ class FsspecStorage:
         self._scheme = scheme_of(root)
         try:
             file_system = fsspec.get_filesystem_class(self._scheme)
-            self._fs: Any = file_system(use_listings_cache=False)
-            self._base: str = self._fs._strip_protocol(root)
         except (ImportError, ValueError) as error:
-            raise InputError(f"cannot open {self._scheme}:// ({error})", "", "Install its package.") from None
+            fix = "Install its package." if isinstance(error, ImportError) else f"Use {_USUAL}."
+            raise InputError(f"cannot open {self._scheme}:// ({error})", root, fix) from None
+        settings = file_system._get_kwargs_from_urls(root)  # a host, say
+        _refuse_lacking(file_system, settings, root)
+        try:
+            self._fs: Any = file_system(use_listings_cache=False, **settings)
+            self._base: str = self._fs._strip_protocol(root)
         except Exception as error:
             name = type(error).__name__  # the text may hold credentials
             raise StorageRefused(f"cannot connect ({name})", root, "Check the store's settings.") from None
@@ -208,6 +214,15 @@ class FsspecStorage:
         items = [(key, path) for key, path in items if key.startswith(prefix)]
         for first in range(0, len(items), PAGE_ITEMS):
             yield [self._info(key, path, found[path]) for key, path in items[first : first + PAGE_ITEMS]]
+
+
+def _refuse_lacking(file_system: type[Any], settings: dict[str, Any], root: str) -> None:
+    """Raise `InputError` for a store that cannot be made from what its URI tells."""
+    _, *parameters = inspect.signature(file_system.__init__).parameters.values()
+    named = [item for item in parameters if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
+    if needed := [item.name for item in named if item.default is item.empty and item.name not in settings]:
+        what = f"{scheme_of(root)}:// needs more than this URI tells ({', '.join(needed)})"
+        raise InputError(what, root, f"Use {_USUAL}.")
 
 
 def _explained(work: Callable[[], T], where: str) -> T:

@@ -89,6 +89,16 @@ def test_a_folder_with_a_run_in_it_and_the_output_are_passed_over(root: str) -> 
         assert any("left out 1 file below" in note and "run1" in note for note in found.notes)
 
 
+def test_globs_that_match_nothing_are_told(root: str) -> None:
+    put(root, "a.tif", "b.tif", "c/d.tif")
+    config = InputConfig(scenes=(root,), include=("a", "b", "x*"), exclude=("b", "c/*", "y*"))
+    with list_scenes(config, None, need_labels=False) as found:
+        assert [source.scene_id for page in found.pages(10) for source, _ in page] == ["a"]
+        assert "no scene matches x*, y* of input.include and input.exclude" in found.notes
+    with list_scenes(InputConfig(scenes=(root,), exclude=("b",)), None, need_labels=False) as found:
+        assert not any("no scene matches" in note for note in found.notes)
+
+
 def test_a_run_as_input_is_refused(root: str) -> None:
     put(root, "masks/x.tif")
     put(root, "run.json", data=RUN)

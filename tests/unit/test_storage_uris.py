@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,6 +95,30 @@ def test_another_machines_file_is_refused() -> None:
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(InputError, match="nosuch"):
         open_storage("nosuch://a/b")
+
+
+def test_a_store_takes_its_host_from_the_uri_and_what_lacks_is_named() -> None:
+    made = []
+
+    class Store(MemoryFileSystem):
+        protocol = "hosted"
+        cachable = False
+
+        def __init__(self, host: str, share: str, **options: Any) -> None:
+            made.append((host, share))
+            super().__init__(**options)
+
+        @staticmethod
+        def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+            host, _, share = path.removeprefix("hosted://").partition("/")
+            return {"host": host, "share": share} if share else {"host": host}
+
+    fsspec.register_implementation("hosted", Store, clobber=True)
+    with pytest.raises(InputError, match=r"hosted://server: .*more than this URI tells \(share\)"):
+        open_storage("hosted://server")
+    assert not made
+    open_storage("hosted://server/maps")
+    assert made == [("server", "maps")]
 
 
 def test_a_web_address_can_only_be_read(tmp_path: Path) -> None:
