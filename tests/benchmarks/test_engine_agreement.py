@@ -128,10 +128,11 @@ def test_with_random_weights_the_engine_is_nearer_to_float64_than_the_usual_loop
     last = naive_loop(ChannelsLast(model), pixels, plan, BATCH)
     with torch.backends.mkldnn.flags(enabled=False):
         plain = naive_loop(model, pixels, plan, 1)
+    print(f"\n{mask.size / 1e6:.1f} Mpx, px in 10^6 other than the usual loop:", end=" ")
     print(
-        f"\n{mask.size / 1e6:.1f} Mpx, px in 10^6 other than the usual loop: "
-        f"engine {wrong_ppm(mask, naive):.2f}, the same loop with channels_last {wrong_ppm(last, naive):.2f}, "
-        f"without oneDNN {wrong_ppm(plain, naive):.2f}; wrong against float64: engine {wrong_ppm(mask, exact):.2f}, "
-        f"usual loop {wrong_ppm(naive, exact):.2f}"
+        f"engine {wrong_ppm(mask, naive):.2f}, that loop with channels_last {wrong_ppm(last, naive):.2f},",
+        end=" ",
     )
+    print(f"without oneDNN {wrong_ppm(plain, naive):.2f}; wrong against float64:", end=" ")
+    print(f"engine {wrong_ppm(mask, exact):.2f}, usual loop {wrong_ppm(naive, exact):.2f}")
     assert wrong_ppm(mask, exact) <= min(1.0, wrong_ppm(naive, exact))
