@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.prepared import PreparedDataset
-from segpipe.errors import IncompleteError
+from segpipe.errors import IncompleteError, ObjectMissing
 from segpipe.models.file import encode_model
 from segpipe.storage import Storage
 from segpipe.training.checkpoint import Checkpoint, Progress, list_checkpoints, read_checkpoint
@@ -39,18 +40,24 @@ class Trained:
 
 
 def finish(
-    storage: Storage, config: TrainConfig, run: TrainRun, dataset: PreparedDataset, total: int
+    storage: Storage,
+    config: TrainConfig,
+    run: TrainRun,
+    dataset: PreparedDataset,
+    total: int,
+    warn: Callable[[str], None],
 ) -> Trained:
     """Write model.safetensors, README.md and curves.png from checkpoints and history; repeatable.
 
-    Raises `IncompleteError` where the training is not at its end.
+    Where the best checkpoint was deleted the newest one's weights are kept, and ``warn`` is told so. Raises
+    `IncompleteError` where the training is not at its end.
     """
     newest = _ended(storage, run, total)
     progress = newest.progress
-    keeps_best = config.validation.keep == "best" and progress.best_step is not None
-    kept_step = progress.best_step if keeps_best else progress.step
-    assert kept_step is not None
-    checkpoint = newest if kept_step == progress.step else read_checkpoint(storage, kept_step, run.key)
+    checkpoint, lost = _kept(storage, config, run, newest)
+    kept_step = checkpoint.progress.step
+    for line in lost:
+        warn(line)
     model = evaluation_copy(run.card, checkpoint.part("average") or checkpoint.part("model"))
     steps, scores = read_steps(storage), read_scores(storage)
     kept = next((row for row in reversed(scores.to_pylist()) if row["step"] == kept_step), None)
@@ -70,7 +77,7 @@ def finish(
     title = f"{card.family}: {progress.step} steps"
     names = [info.name for info in card.classes]
     artefacts = {
-        CARD_KEY: card_text(card, facts, scores, dataset, progress.start_lines).encode(),
+        CARD_KEY: card_text(card, facts, scores, dataset, [*progress.start_lines, *lost]).encode(),
         CURVES_KEY: draw_curves(steps, scores, names, title),
         MODEL_KEY: encode_model(model, card, storage.uri(MODEL_KEY)),
     }
@@ -97,6 +104,24 @@ def _ended(storage: Storage, run: TrainRun, total: int) -> Checkpoint:
             f"the training ended after step {done} of {total}", storage.root, "The same command goes on."
         )
     return newest
+
+
+def _kept(
+    storage: Storage, config: TrainConfig, run: TrainRun, newest: Checkpoint
+) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint whose weights become the model, and a line where that is not the one asked for."""
+    best_step = newest.progress.best_step
+    if config.validation.keep == "last" or best_step is None or best_step == newest.progress.step:
+        return newest, []
+    try:
+        return read_checkpoint(storage, best_step, run.key), []
+    except ObjectMissing:
+        # Somebody deleted it, or the newer best one that it had made way for: no repeat would bring it back.
+        line = (
+            f"the checkpoint of the best score, that of step {best_step}, is not there: the newest weights "
+            f"are kept, those of step {newest.progress.step}"
+        )
+        return newest, [line]
 
 
 def _facts(progress: Progress, kept_step: int, kept: dict[str, Any] | None) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
             _train(job, run, pool, events)
     finally:
         executor.close()
-    return finish(storage, config, run, job.dataset, job.total_steps)
+    return finish(storage, config, run, job.dataset, job.total_steps, events.warning)
 
 
 def _train(job: TrainJob, run: TrainRun, pool: TrainPool, events: TrainEvents) -> None:

@@ -88,7 +88,7 @@ def train_in_processes(config: TrainConfig, world: int, stop_after: int | None =
         mp.spawn(_process, (world, task, str(meeting), stop_after), nprocs=world)
     finally:
         meeting.unlink(missing_ok=True)
-    return finish(open_storage(job.output), job.config, run, job.dataset, job.total_steps)
+    return finish(open_storage(job.output), job.config, run, job.dataset, job.total_steps, Seen().warning)
 
 
 def started(job: TrainJob) -> TrainRun:

@@ -319,7 +319,7 @@ def test_a_training_that_is_not_at_its_end_is_not_finished(uri: str, tmp_path: P
         train(config, Seen(6))
     job = prepare_job(config)
     with pytest.raises(IncompleteError, match="ended after step 4 of 12"):
-        finish(open_storage(job.output), job.config, started(job), job.dataset, job.total_steps)
+        finish(open_storage(job.output), job.config, started(job), job.dataset, job.total_steps, print)
     assert not (tmp_path / "run/model.safetensors").exists()
 
 
