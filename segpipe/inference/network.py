@@ -84,8 +84,10 @@ def _compiled(network: nn.Module) -> nn.Module:
     return torch.compile(network, dynamic=False)  # type: ignore[return-value]
 
 
-def first_call(forward: Forward, x_BNHW: Tensor, *, compile_network: bool) -> Tensor:
-    """Call ``forward`` once; where torch.compile cannot build, say what is missing.
+def first_call(
+    forward: Forward, x_BNHW: Tensor, *, compile_network: bool, key: str = "inference.compile"
+) -> Tensor:
+    """Call ``forward`` once; where torch.compile cannot build, say what is missing. ``key`` asked for it.
 
     Raises:
         ConfigError: torch.compile failed, as it does without a C++ compiler.
@@ -96,11 +98,14 @@ def first_call(forward: Forward, x_BNHW: Tensor, *, compile_network: bool) -> Te
 
     try:
         return forward(x_BNHW)
-    except torch.OutOfMemoryError:
+    except (
+        torch.OutOfMemoryError,
+        torch.distributed.DistError,
+    ):  # a lost worker is no fault of torch.compile
         raise
     except (TorchDynamoException, RuntimeError) as error:
         raise ConfigError(
             f"torch.compile failed: {first_line(error)}",
-            "inference.compile",
-            "Install a C++ compiler (Debian: `apt-get install g++`) or set inference.compile to false.",
+            key,
+            f"Install a C++ compiler (Debian: `apt-get install g++`) or set {key} to false.",
         ) from error

@@ -14,6 +14,7 @@ from segpipe.config.card import IGNORE
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.batches import TrainBatch
 from segpipe.inference.device import DTYPES
+from segpipe.inference.network import first_call
 from segpipe.training.comm import Comm
 from segpipe.training.losses import Loss, StepSums
 from segpipe.training.network import Network
@@ -48,6 +49,8 @@ class Stepper:
         self._device = torch.device(network.device)
         self._dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler(self._device.type) if precision == "fp16" else None
+        self._builds = self._config.compile
+        """torch.compile builds in the next forward pass, the first."""
 
     def restore_scale(self, scale: float) -> None:
         """Go on with a loss scale of fp16."""
@@ -55,7 +58,10 @@ class Stepper:
             self.scaler = torch.amp.GradScaler(self._device.type, init_scale=scale)
 
     def run(self, batch: TrainBatch) -> StepOutcome:
-        """One step: forward, backward, optimiser, running average."""
+        """One step: forward, backward, optimiser, running average.
+
+        Raises `ConfigError` where torch.compile cannot build the network.
+        """
         config = self._config
         torch.manual_seed(((config.seed * 1_000_003 + batch.step) * 65_537 + self._comm.rank) % 2**63)
         factor = rate(batch.step, self._total_steps, config)
@@ -109,7 +115,10 @@ class Stepper:
             last = number == len(parts) - 1
             with nullcontext() if last else self._network.no_sync():
                 with self._autocast():
-                    logits = self._network.forward(x)
+                    logits = first_call(
+                        self._network.forward, x, compile_network=self._builds, key="train.compile"
+                    )
+                    self._builds = False
                 result = self._loss(logits, labels, real, sums)
                 scaled = result.total if self.scaler is None else self.scaler.scale(result.total)
                 scaled.backward()  # type: ignore[no-untyped-call]

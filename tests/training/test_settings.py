@@ -11,6 +11,7 @@ from runs import Seen, tiny_config, train
 from tiny import tiny_dataset
 from torch import Tensor
 
+from segpipe.errors import ConfigError
 from segpipe.storage import open_storage
 from segpipe.training.checkpoint import read_checkpoint
 
@@ -47,6 +48,20 @@ def test_a_step_moves_the_weights_no_farther_than_clipped_gradients_do(uri: str,
     assert all(row.grad_norm is not None and row.grad_norm > 0.1 for row in seen.steps)
     moved = weights_after(tmp_path / "run", 2) - weights_after(tmp_path / "run", 1)
     assert moved.norm().item() == pytest.approx(0.5 * 0.1, rel=1e-3)
+
+
+def test_a_network_that_cannot_be_compiled_is_told_as_such(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_compiler(*_: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: plain(model, backend=without_compiler))
+    with pytest.raises(
+        ConfigError, match=r"^train\.compile: torch.compile failed: .*set train\.compile to false\.$"
+    ):
+        train(tiny_config(uri, tmp_path / "run", train__compile=True))
 
 
 def test_a_metric_of_one_class_is_its_iou(uri: str, tmp_path: Path) -> None:
