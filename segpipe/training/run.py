@@ -162,7 +162,7 @@ def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
-        check_passes(config, job.card, pool.most)
+        check_passes(config, job.card, pool.least, pool.most)
     finally:
         executor.close()
     storage = open_storage(job.output)
@@ -188,7 +188,7 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
     try:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
-        check_passes(config, job.card, pool.most)
+        check_passes(config, job.card, pool.least, pool.most)
         run = _adopted(job, pool, storage, events)
         steps = list_checkpoints(storage)
         events.begun(steps[-1] if steps else 0, job.total_steps)
