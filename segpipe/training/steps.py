@@ -33,7 +33,7 @@ class StepOutcome:
     """float64: loss, then its parts in the order of ``names``; over all workers."""
     names: tuple[str, ...]
     valid_px: int
-    grad_norm: Tensor | None
+    grad_norm: Tensor
     lr: float
     sample_ids: tuple[str, ...]
 
@@ -142,16 +142,18 @@ class Stepper:
             return nullcontext()
         return torch.autocast(self._device.type, self._dtype)
 
-    def _apply(self) -> Tensor | None:
-        """Clip and step. Returns the norm of all gradients before it was clipped."""
+    def _apply(self) -> Tensor:
+        """Clip and step. Returns the norm of all gradients, before they were clipped."""
         optimizer, clip = self._network.optimizer, self._config.clip_norm
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        grad_norm = None
+        parameters = list(self._network.plain.parameters())
+        # Taken without clipping too, since it tells in which step gradients stop being finite.
+        grad_norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
         if clip is not None:
-            grad_norm = nn.utils.clip_grad_norm_(self._network.plain.parameters(), clip)
-            if hasattr(grad_norm, "full_tensor"):  # of sharded parameters: each worker holds a part
-                grad_norm = grad_norm.full_tensor()
+            nn.utils.clip_grads_with_norm_(parameters, clip, grad_norm)
+        if hasattr(grad_norm, "full_tensor"):  # of sharded parameters: each worker holds a part
+            grad_norm = grad_norm.full_tensor()
         if self.scaler is None:
             optimizer.step()
         else:

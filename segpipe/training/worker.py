@@ -180,11 +180,11 @@ class _Training:
             return
         (outcome, seconds), self._pending = self._pending, None
         loss, *parts = outcome.values.tolist()
-        grad_norm = None if outcome.grad_norm is None else float(outcome.grad_norm)
+        grad_norm = float(outcome.grad_norm)
         if not math.isfinite(loss):
             self._refuse(outcome, f"the loss of step {outcome.step} is {loss}")
         # fp16 meets infinite gradients now and then, leaves them out and lowers its scale.
-        if grad_norm is not None and self._stepper.scaler is None and not math.isfinite(grad_norm):
+        if self._stepper.scaler is None and not math.isfinite(grad_norm):
             self._refuse(outcome, f"the gradients of step {outcome.step} have the norm {grad_norm}")
         progress = self._progress
         self._progress = replace(
@@ -216,14 +216,16 @@ class _Training:
 
     def _refuse(self, outcome: StepOutcome, what: str) -> None:
         ids = self._comm.gather_texts(list(outcome.sample_ids))
-        steps = list_checkpoints(self._storage)
-        newest = self._storage.uri(checkpoint_key(steps[-1])) if steps else "none was written yet"
         raise CheckError(
-            f"{what}; its samples: {few(ids, _NAMED_IDS)}; newest checkpoint: {newest}",
+            f"{what}; its samples: {few(ids, _NAMED_IDS)}; newest checkpoint: {self._newest()}",
             self._storage.root,
             "Look at these samples; a lower train.lr, a train.clip_norm or precision fp32 often helps (with "
             "another --output).",
         )
+
+    def _newest(self) -> str:
+        steps = list_checkpoints(self._storage)
+        return self._storage.uri(checkpoint_key(steps[-1])) if steps else "none was written yet"
 
     def _pause(self, step: int) -> None:
         """Between two steps: validate and write a checkpoint where the config says so."""
@@ -291,9 +293,9 @@ class _Training:
         if not all(
             bool(value.isfinite().all()) for name, value in tensors.items() if name.startswith("model/")
         ):
-            # Without clip_norm nobody looked at the gradients.
+            # Loss and gradients were finite: the optimiser or batch norm went beyond what float32 holds.
             raise CheckError(
-                f"the weights after step {step} are not finite; no checkpoint was written of them",
+                f"the weights after step {step} are not finite; newest checkpoint: {self._newest()}",
                 self._storage.root,
                 "Set a lower train.lr, or train.clip_norm (with another --output).",
             )
