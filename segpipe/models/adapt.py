@@ -37,7 +37,12 @@ def plan_bands(source_bands: int, source_names: Sequence[str] | None, names: Seq
     known = list(source_names or ())
     shared = [name for name in names if name in known]
     if source_bands == len(names) and (not shared or list(names) == known):
-        return BandPlan(tuple(range(source_bands)), 1.0, None)
+        line = None
+        if known and not shared:  # without a word, near infrared would pass for red
+            line = (
+                f"first layer: copied in the file's order, no band has its name: {few(known)} to {few(names)}"
+            )
+        return BandPlan(tuple(range(source_bands)), 1.0, line)
     if shared:
         sources = tuple(known.index(name) if name in known else None for name in names)
         line = f"{counts}: {', '.join(shared)} by name"

@@ -143,8 +143,18 @@ class TestBands:
         assert report.adapted == ("first layer: 3 bands to 3: blue, green, red by name",)
 
     def test_an_equal_count_without_a_shared_name_is_copied_in_order(self) -> None:
-        assert plan_bands(3, RGB, ("nir", "swir", "thermal")).sources == (0, 1, 2)
+        plan = plan_bands(3, RGB, ("nir", "swir", "thermal"))
+        assert plan.sources == (0, 1, 2)
+        assert plan.line is not None
+        assert plan.line.endswith("no band has its name: red, green, blue to nir, swir, thermal")
         assert plan_bands(3, None, ("nir", "swir", "thermal")).line is None
+
+    def test_bands_that_are_copied_in_order_are_told(self, folder: Folder) -> None:
+        state = torchvision_state("mobilenet_v2")
+        card = card_of("unet_mobilenet_v2", bands=("nir", "swir", "thermal"))
+        ours, report = started(folder, torch_bytes(state), card)
+        assert torch.equal(ours["features.0.0.weight"], state["features.0.0.weight"])
+        assert any("copied in the file's order" in line for line in report.lines())
 
     def test_an_equal_count_with_some_shared_names_goes_by_name(self) -> None:
         assert plan_bands(3, RGB, ("nir", "red", "green")).sources == (None, 0, 1)
