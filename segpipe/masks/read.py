@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from segpipe.masks.damage import damaged, explain_damage, open_parquet
 from segpipe.masks.run import plan_key, unit_key
 from segpipe.masks.schema import COUNT_COLUMNS, FAILED
 from segpipe.storage import Storage
+
+_CACHED_ROWS: Final = 32  # units whose rows are kept: some 100 kB each at most
+_CACHED_SCENES: Final = 2  # the scene being read, and the one before it
 
 
 def read_columns(storage: Storage, key: str, columns: Sequence[str], size_bytes: int | None = None) -> Any:
@@ -61,6 +64,36 @@ class _StoredRow:
     index: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """What one unit has of a scene: the rectangle round its finished blocks, and the sizes they name."""
+
+    around: Window | None
+    scene_sizes: frozenset[tuple[int, int]]
+
+    @classmethod
+    def of(cls, rows: Sequence[_StoredRow]) -> _Extent:
+        finished = [row for row in rows if row.status != FAILED]
+        if not finished:
+            return cls(None, frozenset())
+        windows = [row.window for row in finished]
+        row_off = min(window.row_off for window in windows)
+        col_off = min(window.col_off for window in windows)
+        height = max(window.row_stop for window in windows) - row_off
+        width = max(window.col_stop for window in windows) - col_off
+        return cls(Window(row_off, col_off, height, width), frozenset(row.scene_size for row in finished))
+
+    def matters(self, window: Window, scene_size: tuple[int, int] | None) -> bool:
+        """Whether the unit has pixels of the window, or a row of another size, which is an error."""
+        if scene_size is not None and self.scene_sizes - {scene_size}:
+            return True
+        return self.around is not None and _intersection(self.around, window) is not None
+
+
+def _no_extents(scene: SceneUnits) -> dict[int, _Extent]:
+    return {}
+
+
 def _load_unit(storage: Storage, part: int, unit: int) -> dict[str, list[_StoredRow]]:
     columns = (
         "scene_id",
@@ -99,13 +132,15 @@ def _decode(storage: Storage, pngs: Callable[[int, int], Any], part: int, unit: 
 class MaskReader:
     """Reads masks of a run by scene and window, however the run's blocks were cut.
 
-    Keeps the rows of the last few units, so that windows read in order fetch each object once.
-    One thread at a time.
+    The first window of a scene reads the rows of all its units; later ones read only units that they meet.
+    Rows, masks as stored and decoded masks of the last few units are kept, so that windows read in order
+    fetch each object a few times at most, however many units the scene has. One thread at a time.
     """
 
     def __init__(self, storage: Storage, cached_units: int = 4) -> None:
         # No methods of self: a reader that is let go is freed at once, with the masks that it keeps.
-        self._rows = lru_cache(maxsize=cached_units)(partial(_load_unit, storage))
+        self._extents = lru_cache(maxsize=_CACHED_SCENES)(_no_extents)
+        self._rows = lru_cache(maxsize=max(cached_units, _CACHED_ROWS))(partial(_load_unit, storage))
         pngs = lru_cache(maxsize=cached_units)(partial(_load_pngs, storage))
         self._mask = lru_cache(maxsize=cached_units)(partial(_decode, storage, pngs))
 
@@ -120,11 +155,16 @@ class MaskReader:
         """
         mask = np.full((window.height, window.width), IGNORE, np.uint8)
         missing_px = window.num_px
+        extents = self._extents(scene)
         for unit in range(scene.first_unit, scene.first_unit + scene.units):
+            if (extent := extents.get(unit)) is not None and not extent.matters(window, scene_size):
+                continue
             try:
                 rows = self._rows(scene.part, unit).get(scene.scene_id, [])
             except ObjectMissing:
-                continue
+                continue  # and not remembered: a later start may write it
+            if extent is None:
+                extents[unit] = _Extent.of(rows)
             for row in rows:
                 if row.status == FAILED:
                     continue
