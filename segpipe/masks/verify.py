@@ -5,9 +5,9 @@ Needs neither Ray nor torch. Memory is one part of the plan and a few units, wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from segpipe.masks.run import (
 )
 from segpipe.masks.threads import map_in_order
 from segpipe.masks.unit_check import UnitChecker, UnitReport
-from segpipe.storage import ObjectInfo, Storage
+from segpipe.storage import Storage
 from segpipe.wording import Named
 
 FindingKind = Literal["missing", "damaged", "unplanned"]
@@ -153,15 +153,9 @@ class _Verifier:
     def run(self) -> Verification:
         parts = self._check_plan()
         self._replacements = Replacements(self._storage, parts)
-        left = set(parts)
-        for number, pages in self._listing():
-            if number in left:
-                left.remove(number)
-                self._check_part(number, pages)
-            else:
-                self._skip_part(number, pages, parts)
-        for number in sorted(left):
-            self._check_part(number, iter(()))
+        for number in parts:
+            self._check_part(number)
+        self._find_unplanned(frozenset(parts))
         self._check_success()
         return self._result
 
@@ -190,29 +184,34 @@ class _Verifier:
         self._result.plan_damaged = bool(self._result.damaged.count)
         return good
 
-    def _listing(self) -> Iterator[tuple[int | None, Iterator[ObjectInfo]]]:
-        """Group the objects below masks/ by part, as they are listed: sorted, so a part comes once."""
-        objects = (info for page in self._storage.list("masks/") for info in page)
-        return groupby(objects, key=lambda info: _part_of(info.key))
-
-    def _skip_part(self, number: int | None, objects: Iterator[ObjectInfo], parts: list[int]) -> None:
+    def _find_unplanned(self, parts: frozenset[int]) -> None:
         """Name objects that no plan names, unless their part of the plan is damaged or just being made."""
-        if number is not None and number not in parts and self._storage.stat(plan_key(number)) is not None:
-            return
-        for info in objects:
-            self._find("unplanned", info.key)
 
-    def _check_part(self, number: int, objects: Iterator[ObjectInfo]) -> None:
+        @cache
+        def has_plan(number: int) -> bool:
+            return self._storage.stat(plan_key(number)) is not None
+
+        for page in self._storage.list("masks/"):
+            for info in page:
+                number = _part_of(info.key)
+                if number is None or (number not in parts and not has_plan(number)):
+                    self._find("unplanned", info.key)
+
+    def _check_part(self, number: int) -> None:
         superseded = self._replacements.of(number)
         part = load_part(self._storage, number, self._info.facts)
         count = count_part(part, self._result.ledger, superseded)
         sizes = np.full(count.units, _ABSENT, np.int64)
-        for info in objects:
-            name = parse_unit_key(info.key)
-            if name is None or name[1] >= count.units or unit_key(*name) != info.key:
-                self._find("unplanned", info.key)
-            else:
-                sizes[name[1]] = info.size_bytes
+        # A listing of its own, for a listing of all parts may come in any order and be too long to keep.
+        for page in self._storage.list(masks_prefix(number)):
+            for info in page:
+                name = parse_unit_key(info.key)
+                if name is None:
+                    continue  # named with the objects that are no part's
+                if name[1] >= count.units or unit_key(*name) != info.key:
+                    self._find("unplanned", info.key)
+                else:
+                    sizes[name[1]] = info.size_bytes
         bad = self._check_units(part, sizes, superseded)
         total = Totals(1, count.units, count.rows, count.pixels, int(sizes[sizes != _ABSENT].sum()))
         self._result.totals += total

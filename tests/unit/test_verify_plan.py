@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,6 +85,30 @@ def test_a_part_of_the_plan_that_is_gone_is_named_and_its_objects_are_unplanned(
     assert found.damaged.first[0].startswith(plan_key(0))
     assert found.unplanned.first == [run.key(0)]
     assert found.plan_damaged
+
+
+class AnyOrder:
+    """A storage that lists by the end of the names, so that the parts of a run lie among each other."""
+
+    def __init__(self, storage: Any) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def list(self, prefix: str = "") -> Iterator[Any]:
+        found = [info for page in self._storage.list(prefix) for info in page]
+        for info in sorted(found, key=lambda info: info.key[::-1]):
+            yield [info]
+
+
+def test_a_store_may_list_in_any_order(tmp_path: Path) -> None:
+    run = build_run(str(tmp_path), [[MadeScene("a", 150, 190)], [MadeScene("b", 150, 190)]])
+    strange = "masks/part-00000/note.txt"
+    run.storage.put(strange, b"x")
+    found = verify_run(AnyOrder(run.storage))
+    assert found.unplanned.first == [strange]
+    assert (found.missing.count, found.damaged.count, found.success) == (0, 0, "right")
 
 
 def test_units_that_do_not_follow_from_the_scenes_are_damage_of_the_plan(tmp_path: Path) -> None:
