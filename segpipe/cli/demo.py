@@ -8,6 +8,7 @@ from segpipe.cli.runs import export_command
 from segpipe.config.model import InputConfig
 from segpipe.demo.archive import DemoArchive, demo_archive
 from segpipe.geometry.grid import Window
+from segpipe.masks.ledger import Replacements
 from segpipe.masks.plan import load_part
 from segpipe.masks.read import MaskReader, SceneUnits
 from segpipe.masks.run import list_parts, require_run
@@ -26,9 +27,10 @@ def demo_command(output: str, *, executor: str) -> int:
 
     archive = demo_archive()
     run = f"{output}/run"
+    _lay_out(archive, f"{output}/archive")
     flags = {
-        "input.scenes": [str(archive.scenes)],
-        "input.labels": archive.labels,
+        "input.scenes": [f"{output}/archive/scenes"],
+        "input.labels": "{parent}/../labels/{stem}.tif",
         "model": str(archive.model),
         "output": run,
         "cluster.executor": executor,
@@ -42,8 +44,18 @@ def demo_command(output: str, *, executor: str) -> int:
     code = export_command(run, f"{output}/geotiff", scenes=None, partial=False, workers=2, as_json=False)
     pictures = _draw(run, f"{output}/pictures", config.input)
     print_scores(outcome.summary, Console())
-    _print_places(output, pictures, archive)
+    _print_places(output, pictures, archive.attribution.name)
     return code
+
+
+def _lay_out(archive: DemoArchive, folder: str) -> None:
+    """Copy what is not there yet: the package's own files are other ones after each installation."""
+    target = open_storage(folder)
+    files = [*archive.scenes.iterdir(), *archive.labels.iterdir(), archive.attribution]
+    for path in sorted(files):
+        key = path.name if path == archive.attribution else f"{path.parent.name}/{path.name}"
+        if target.stat(key) is None:
+            target.put_if_absent(key, path.read_bytes())
 
 
 def _draw(run: str, folder: str, config: InputConfig) -> int:
@@ -52,9 +64,12 @@ def _draw(run: str, folder: str, config: InputConfig) -> int:
     info = require_run(storage)
     reader = MaskReader(storage)
     count = 0
-    for part in list_parts(storage):
+    parts = list_parts(storage)
+    replacements = Replacements(storage, parts)
+    for part in parts:
+        replaced = replacements.of(part)
         for scene in load_part(storage, part, info.facts).scenes():
-            if scene.header is None:
+            if scene.header is None or scene.source.scene_id in replaced:
                 continue
             source, header = scene.source, scene.header
             size = header.height, header.width
@@ -73,9 +88,9 @@ def _draw(run: str, folder: str, config: InputConfig) -> int:
     return count
 
 
-def _print_places(output: str, pictures: int, archive: DemoArchive) -> None:
+def _print_places(output: str, pictures: int, attribution: str) -> None:
+    print(f"archive   {output}/archive  (scenes and labels; their sources: {attribution})")
     print(f"masks     {output}/run/masks  (Parquet: open with DuckDB, GeoPandas, pandas)")
     print(f"report    {output}/run/reports/report.html")
     print(f"GeoTIFFs  {output}/geotiff  (Cloud-Optimized, open in QGIS)")
     print(f"pictures  {output}/pictures  ({pictures})")
-    print(f"sources   {archive.attribution}")

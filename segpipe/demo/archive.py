@@ -13,8 +13,8 @@ class DemoArchive:
 
     scenes: Path
     """Folder of georeferenced GeoTIFF scenes."""
-    labels: str
-    """Template of the label rasters."""
+    labels: Path
+    """Folder of the label rasters, named as their scenes."""
     model: Path
     attribution: Path
 
@@ -24,7 +24,7 @@ def demo_archive() -> DemoArchive:
     data = Path(str(resources.files("segpipe.demo") / "data"))
     return DemoArchive(
         scenes=data / "scenes",
-        labels=f"{data}/labels/{{stem}}.tif",
+        labels=data / "labels",
         model=data / "model.safetensors",
         attribution=data / "ATTRIBUTION.md",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from archive import files, objects, ok, run
 
-from segpipe.demo.archive import demo_archive
+from segpipe.demo.archive import DemoArchive, demo_archive
 
 LEAST_BUILDING_IOU = 0.62
 
@@ -27,7 +29,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_network")
 def test_the_demo_finds_buildings_draws_and_exports_every_scene_and_computes_nothing_twice(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "demo"
     first = ok(run("demo", "--executor", "local", "--output", out))
@@ -41,7 +43,25 @@ def test_the_demo_finds_buildings_draws_and_exports_every_scene_and_computes_not
     assert f"{iou['building']:.4f}" in first.out
     assert "nothing to compute" not in first.err
     masks, written = objects(out / "run"), files(out)
+    # Installed anew: the same files with other times.
+    data = shutil.copytree(
+        demo_archive().scenes.parent, tmp_path / "installed", copy_function=shutil.copyfile
+    )
+    packaged = DemoArchive(
+        data / "scenes", data / "labels", data / "model.safetensors", data / "ATTRIBUTION.md"
+    )
+    monkeypatch.setattr("segpipe.cli.demo.demo_archive", lambda: packaged)
     again = ok(run("demo", "--executor", "local", "--output", out))
     assert "nothing to compute" in again.err
     assert objects(out / "run") == masks
     assert files(out) == written
+
+
+def test_a_scene_that_was_touched_is_computed_and_drawn_anew(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    ok(run("demo", "--executor", "local", "--output", out))
+    os.utime(sorted((out / "archive" / "scenes").iterdir())[0], (0, 0))
+    again = run("demo", "--executor", "local", "--output", out)
+    assert "1 unit to compute" in again.err
+    assert "pictures  " in again.out
+    assert "(4)" in again.out
