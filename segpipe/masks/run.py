@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from segpipe.config.card import ModelCard
 from segpipe.config.recipe import differences
-from segpipe.errors import InputError
+from segpipe.errors import InputError, StorageError
 from segpipe.geometry.grid import Blend
 from segpipe.masks.schema import FORMAT
 from segpipe.rasters.scene_ids import RASTER_SUFFIXES, has_suffix
@@ -195,6 +196,17 @@ def list_units(storage: Storage, part: int) -> Iterator[list[tuple[int, int]]]:
     for page in storage.list(masks_prefix(part)):
         found = [(parse_unit_key(info.key), info.size_bytes) for info in page]
         yield [(name[1], size) for name, size in found if name is not None and name[0] == part]
+
+
+def take_back(storage: Storage) -> None:
+    """Delete run.json and plan of a run without any mask object; storage that refuses keeps them."""
+    with suppress(StorageError):
+        parts = list_parts(storage)
+        if any(units for part in parts for units in list_units(storage, part)):
+            return
+        for part in parts:
+            storage.delete(plan_key(part))
+        storage.delete(RUN_KEY)
 
 
 def done_units(storage: Storage, part: int, num_units: int) -> bytearray:

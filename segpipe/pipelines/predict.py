@@ -37,6 +37,7 @@ from segpipe.masks.run import (
     read_run,
     refuse_other_folder,
     require_run,
+    take_back,
 )
 from segpipe.models.header import read_card_bytes
 from segpipe.pipelines.events import Events
@@ -191,10 +192,11 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
     """
     storage = open_storage(job.output)
     with _scenes(job, need_labels, events) as scenes:
-        executor = start_executor(job.config.cluster, events.warning)
+        executor, is_new = start_executor(job.config.cluster, events.warning), False
         try:
             with nothing_written():
                 facts, pool, hardware = _resolve(job, storage, executor.hardware)
+                is_new = read_run(storage) is None
                 info = adopt_or_create(storage, _run_info(job, facts))
             _check_start(job, info, hardware, storage.root)
             index = MaskIndex(open_storage(job.masks_uri)) if job.masks_uri is not None else None
@@ -206,6 +208,11 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
                 _warn_of(index.other_version, what, events)
                 index.close()
             return _complete(job, storage, info, pool, executor, events)
+        except (ConfigError, InputError):
+            # What only a worker sees, weights that do not fit say, is wrong input too: nothing stays written.
+            if is_new:
+                take_back(storage)
+            raise
         finally:
             executor.close()
 

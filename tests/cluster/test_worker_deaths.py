@@ -87,6 +87,9 @@ def test_an_error_in_a_workers_start_is_the_commands_error(archive: Archive, fol
         f"error: {model}: the weights do not fit the model card: missing" in command.stderr.splitlines()[-1]
     )
     assert str(REPOSITORY / "segpipe") not in command.stderr
+    assert not list((folder / "run").rglob("*.*")), "exit 2: nothing stays written"
+    code, _ = run(archive.predict(folder / "run"), folder)
+    assert code == 0, "the corrected command may write there"
 
 
 @pytest.mark.parametrize("executor", ["ray", "local"])
@@ -99,4 +102,4 @@ def test_a_network_that_cannot_be_made_ready_ends_the_run_at_its_first_unit(
     assert code == 2, command.stderr
     assert command.stderr.splitlines()[-1].startswith("error: inference.compile: torch.compile failed: ")
     assert "Traceback" not in command.stderr
-    assert mask_objects(folder / "run") == {}
+    assert not list((folder / "run").rglob("*.*")), "exit 2: nothing stays written"
