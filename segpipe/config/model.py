@@ -104,7 +104,7 @@ class ClusterConfig(PlaceConfig):
     """Where and how widely to run."""
 
     workers: Auto | PositiveInt = "auto"
-    """Size of the worker pool; auto = one per GPU, else one in all."""
+    """Size of the worker pool; auto = one per GPU, else one a node."""
     threads_per_worker: Auto | PositiveInt = "auto"
     """Compute threads of one worker; auto = CPUs / workers."""
 

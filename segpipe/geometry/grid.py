@@ -111,6 +111,14 @@ class SceneGrid:
         """Tiles that cover the scene: the fewest forward passes that any run can do."""
         return self.rows.num_tiles * self.cols.num_tiles
 
+    @property
+    def num_passes(self) -> int:
+        """Tiles of all blocks: with ``blend: linear`` one that reaches into several is computed for each."""
+        return self._passes(self.rows, self.row_groups) * self._passes(self.cols, self.col_groups)
+
+    def _passes(self, axis: Axis, groups: tuple[int, ...]) -> int:
+        return sum(len(self._tiles(axis, groups, group)) for group in range(len(groups) - 1))
+
     def block_window(self, index: int) -> Window:
         """Return the scene pixels that block ``index`` keeps."""
         row, col = divmod(index, len(self.col_groups) - 1)
@@ -142,15 +150,19 @@ class SceneGrid:
         )
         return Block(index, window, read, tiles)
 
+    def _tiles(self, axis: Axis, groups: tuple[int, ...], group: int) -> range:
+        """Return the tiles along one axis that a block computes."""
+        first, stop = groups[group], groups[group + 1]
+        if self.blend == "linear":
+            return axis.overlapping(axis.edges[first], axis.edges[stop])
+        return range(first, stop)
+
     def _spans(
         self, axis: Axis, groups: tuple[int, ...], group: int, n_px: int
     ) -> tuple[tuple[TileSpan, ...], int, int]:
         """Return the tiles of one block along one axis, and the (offset, size) to read in scene pixels."""
-        first, stop = groups[group], groups[group + 1]
-        block_start, block_stop = axis.edges[first], axis.edges[stop]
-        tiles = range(first, stop)
-        if self.blend == "linear":
-            tiles = axis.overlapping(block_start, block_stop)
+        tiles = self._tiles(axis, groups, group)
+        block_start, block_stop = axis.edges[groups[group]], axis.edges[groups[group + 1]]
         read_start = axis.origins[tiles.start]
         read_stop = axis.tile_stop(tiles.stop - 1)
         spans = []

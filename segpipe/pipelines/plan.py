@@ -80,7 +80,7 @@ class PlanTotals:
             self.blocks += 1
             return
         self.blocks += grid.num_blocks
-        self.tiles += grid.num_tiles
+        self.tiles += grid.num_passes
         self.scene_px += header.height * header.width
         if header.pixel_m is not None:
             self.area_m2 += header.height * header.width * header.pixel_m**2

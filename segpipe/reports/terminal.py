@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from segpipe.metrics.scores import OVERALL_SCORES
 from segpipe.reports.html import format_count, format_percent, format_score, visible
 from segpipe.reports.totals import SCENE_STATUSES
+from segpipe.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +41,9 @@ def print_scores(summary: Mapping[str, Any], console: Console) -> None:
             console,
             f"compared {format_count(compared_px)} of {format_count(label_px)} labelled pixels ({share})",
         )
+    if summary["uncounted_label_blocks"]:
+        uncounted = counted(summary["uncounted_label_blocks"], "block")
+        _plain(console, f"in none of these counts: the labels of {uncounted} that could not be read")
     _plain(console, _coverage(summary))
 
 

@@ -70,8 +70,9 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_then_makes(
         assert plan[name] == getattr(facts, name)
 
 
+@pytest.mark.parametrize("blend", ["crop", "linear"])
 def test_a_dry_run_counts_the_tiles_that_the_engine_then_computes(
-    tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch, blend: str
 ) -> None:
     import segpipe.inference.engine as module
 
@@ -83,9 +84,10 @@ def test_a_dry_run_counts_the_tiles_that_the_engine_then_computes(
             made.append(self)
 
     monkeypatch.setattr(module, "Engine", Watched)
-    plan = ok(predict(scenes, model, tmp_path / "run", "--dry-run", "--json", **CUT)).tree
+    cut = {**CUT, "blend": blend}
+    plan = ok(predict(scenes, model, tmp_path / "run", "--dry-run", "--json", **cut)).tree
     assert made == [], "a dry run loads no model"
-    ok(predict(scenes, model, tmp_path / "run", **CUT))
+    ok(predict(scenes, model, tmp_path / "run", **cut))
     assert plan["tiles"] == made[0].stats.tiles_computed > 40
 
 

@@ -153,6 +153,12 @@ def test_the_cells_of_a_block_fill_its_output(grid: SceneGrid) -> None:
 
 
 @given(grid_settings())
+def test_the_passes_of_a_grid_are_those_of_its_blocks(settings: dict[str, Any]) -> None:
+    grid = make_grid(**settings)
+    assert grid.num_passes == sum(block.tiles.num_tiles for block in grid.blocks())
+
+
+@given(grid_settings())
 def test_with_crop_all_blocks_together_compute_each_tile_once(settings: dict[str, Any]) -> None:
     grid = make_grid(**(settings | {"blend": "crop"}))
     assert sum(block.tiles.num_tiles for block in grid.blocks()) == grid.num_tiles

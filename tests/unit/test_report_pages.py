@@ -144,6 +144,12 @@ def test_the_terminal_shows_classes_averages_and_coverage() -> None:
     assert "scenes: 2, 1 ok, 1 failed, 1 labelled, not_raster: 1" in text
 
 
+def test_the_terminal_tells_of_labels_that_nobody_could_count() -> None:
+    rows = [compared("a", pairs((0, 0, 100))), failed("b", "label_read", label_uri="/b.tif", label_px=None)]
+    assert "in none of these counts: the labels of 1 block that could not be read" in printed(build(rows)[0])
+    assert "in none of" not in printed(build(rows[:1])[0])
+
+
 def test_the_terminal_shows_pixels_where_there_are_no_labels() -> None:
     text = printed(build([block("a")])[0])
     assert "building" in text
