@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ def test_the_demo_finds_buildings_draws_and_exports_every_scene_and_computes_not
     assert iou["building"] >= LEAST_BUILDING_IOU
     assert f"{iou['building']:.4f}" in first.out
     assert "nothing to compute" not in first.err
-    masks, written = objects(out / "run"), files(out)
+    found, written = objects(out / "run"), files(out)
     # Installed anew: the same files with other times.
     data = shutil.copytree(
         demo_archive().scenes.parent, tmp_path / "installed", copy_function=shutil.copyfile
@@ -53,7 +56,7 @@ def test_the_demo_finds_buildings_draws_and_exports_every_scene_and_computes_not
     monkeypatch.setattr("segpipe.cli.demo.demo_archive", lambda: packaged)
     again = ok(run("demo", "--executor", "local", "--output", out))
     assert "nothing to compute" in again.err
-    assert objects(out / "run") == masks
+    assert objects(out / "run") == found
     assert files(out) == written
 
 
@@ -65,3 +68,21 @@ def test_a_scene_that_was_touched_is_computed_and_drawn_anew(tmp_path: Path) -> 
     assert "1 unit to compute" in again.err
     assert "pictures  " in again.out
     assert "(4)" in again.out
+
+
+def test_the_demo_as_it_is_typed_gives_the_same_masks_on_ray(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "segpipe.cli.main", "demo"]
+    subprocess.run([*command, "-o", "ray"], cwd=tmp_path, check=True, timeout=300)
+    subprocess.run([*command, "-o", "local", "--executor", "local"], cwd=tmp_path, check=True, timeout=300)
+    assert json.loads((tmp_path / "ray/run/run.json").read_text())["config"]["cluster"]["executor"] == "ray"
+    by_ray = masks(tmp_path / "ray/run")
+    assert len(by_ray) == 4
+    assert by_ray == masks(tmp_path / "local/run")
+
+
+def masks(folder: Path) -> dict[str, bytes]:
+    """The encoded masks by block; the objects also name their own archive's paths."""
+    rows = [
+        row for path in sorted(folder.glob("masks/**/*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
+    return {f"{row['scene_id']} {row['row_off']} {row['col_off']}": row["mask"] for row in rows}
