@@ -112,13 +112,15 @@ class BatchStream:
         return step, batch, ready
 
     def _read_ahead(self, epoch: int, inner: int) -> None:
-        """Begin to read this step's windows and the one after them, so that no step waits for storage."""
+        """Begin to read what this worker needs of the step's windows and the next, so that no step waits."""
         first, last = self.order.windows(epoch, inner)
         for window in range(last + 1, first - 1, -1):  # what is needed first is kept longest
-            groups = self.order.window_groups_of(epoch, window)
-            if not groups:  # the next epoch's first window
-                groups = self.order.window_groups_of(epoch + 1, 0) if self._goes_on(epoch) else []
-            for group in groups:
+            place = epoch, window
+            if not self.order.window_groups_of(epoch, window):  # the next epoch's first window
+                if not self._goes_on(epoch):
+                    continue
+                place = epoch + 1, 0
+            for group in self.order.groups_of_lanes(*place, self._lanes):
                 self._cache.begin(group)
 
     def _goes_on(self, epoch: int) -> bool:

@@ -77,6 +77,17 @@ class SampleOrder:
         order, _ = self._epoch(epoch)
         return order[window * self.window_groups : (window + 1) * self.window_groups].tolist()
 
+    def groups_of_lanes(self, epoch: int, window: int, lanes: range) -> list[int]:
+        """Those of a window's groups with a sample of these lanes; empty after the epoch's last window."""
+        groups = self.window_groups_of(epoch, window)
+        if not groups:
+            return []
+        _, starts = self._epoch(epoch)
+        all_groups, _ = self._window(epoch, window)
+        lane = (starts[window] + np.arange(len(all_groups))) % self.global_batch
+        needed = set(all_groups[np.isin(lane, lanes)].tolist())
+        return [group for group in groups if group in needed]
+
     def _at(self, epoch: int, positions: Array) -> tuple[Array, Array]:
         """(group, row) at some positions of an epoch."""
         _, starts = self._epoch(epoch)

@@ -191,3 +191,23 @@ def test_a_group_is_read_once_an_epoch(uri: str, monkeypatch: pytest.MonkeyPatch
     read.clear()
     stream(uri, stop=5)
     assert sorted(read) == [0, 1]
+
+
+def test_a_worker_reads_only_what_its_lanes_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = tiny_dataset(tmp_path, samples=32, shard_samples=1)
+    read: list[str] = []
+    plain = GroupReader.read
+
+    def counted(self: GroupReader, group: GroupRef) -> list[EncodedSample]:
+        read.append(group.shard_key)
+        return plain(self, group)
+
+    monkeypatch.setattr(GroupReader, "read", counted)
+    reads = []
+    for rank in range(4):
+        read.clear()
+        batches = stream(uri, rank=rank, world=4, stop=6)
+        assert sum(len(batch.sample_ids) for batch in batches) == 6
+        assert len(read) == len(set(read)) == 6, "a shard a sample: one for each of the worker's six"
+        reads += read
+    assert len(reads) == len(set(reads)) == 24

@@ -36,6 +36,25 @@ def test_every_lane_has_one_worker(global_batch: int, world: int) -> None:
     assert sorted(lanes) == list(range(global_batch))
 
 
+@settings(deadline=None, max_examples=60)
+@given(sizes, st.integers(1, 20), st.integers(1, 5), st.integers(0, 2))
+def test_each_worker_is_told_the_groups_of_its_lanes_and_no_other(
+    group_samples: list[int], global_batch: int, world: int, epoch: int
+) -> None:
+    order = SampleOrder(group_samples, 9, global_batch)
+    windows = -(-len(group_samples) // order.window_groups)
+    assert order.groups_of_lanes(epoch, windows, range(global_batch)) == []
+    for rank in range(world):
+        lanes = lanes_of(rank, world, global_batch)
+        told = [group for window in range(windows) for group in order.groups_of_lanes(epoch, window, lanes)]
+        needed = set()
+        for step in range(order.steps_per_epoch):
+            batch = order.batch(epoch, step)
+            needed |= {int(batch.groups[lane]) for lane in lanes if batch.real[lane]}
+        assert len(told) == len(set(told))
+        assert set(told) == needed
+
+
 @settings(deadline=None, max_examples=30)
 @given(sizes, st.integers(1, 9))
 def test_a_batch_does_not_depend_on_what_was_asked_before(group_samples: list[int], batch: int) -> None:
