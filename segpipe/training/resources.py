@@ -8,6 +8,7 @@ from typing import Final
 from segpipe.config.train import TrainConfig
 from segpipe.errors import ConfigError
 from segpipe.pipelines.resources import Hardware, share_of_node
+from segpipe.wording import counted
 
 _MOST_LOADER_THREADS: Final = 8
 _SPARE_CPUS: Final = 0.5
@@ -68,4 +69,15 @@ def plan_training(hardware: Hardware, config: TrainConfig) -> TrainPool:
         precision=precision,
         threads_per_worker=share if threads == "auto" else threads,
         loader_threads=min(share, _MOST_LOADER_THREADS) if loaders == "auto" else loaders,
+    )
+
+
+def idle_gpus(hardware: Hardware, config: TrainConfig, pool: TrainPool) -> str | None:
+    """A line where ``workers: auto`` leaves GPUs without work, for they could not share the batch evenly."""
+    idle, batch = hardware.gpus - pool.most, config.train.global_batch
+    if config.cluster.workers != "auto" or config.cluster.executor == "local" or idle <= 0:
+        return None
+    return (
+        f"{idle} of {hardware.gpus} GPUs stay idle: {counted(pool.most, 'worker')} share the global batch of "
+        f"{batch} evenly (train.global_batch: a multiple of {hardware.gpus} uses all)"
     )

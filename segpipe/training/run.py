@@ -27,7 +27,7 @@ from segpipe.training.history import ScoreRow, StepRow
 from segpipe.training.model_card import without_credentials
 from segpipe.training.network import check_hardware
 from segpipe.training.passes import check_passes
-from segpipe.training.resources import TrainPool, plan_training
+from segpipe.training.resources import TrainPool, idle_gpus, plan_training
 from segpipe.training.run_file import (
     TrainFacts,
     TrainRun,
@@ -163,6 +163,8 @@ def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
         check_passes(config, job.card, pool.least, pool.most)
+        if line := idle_gpus(executor.hardware, config, pool):
+            events.warning(line)
     finally:
         executor.close()
     storage = open_storage(job.output)
@@ -189,6 +191,8 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
         pool = plan_training(executor.hardware, config)
         check_hardware(config, pool.device)
         check_passes(config, job.card, pool.least, pool.most)
+        if line := idle_gpus(executor.hardware, config, pool):
+            events.warning(line)
         run = _adopted(job, pool, storage, events)
         steps = list_checkpoints(storage)
         events.begun(steps[-1] if steps else 0, job.total_steps)

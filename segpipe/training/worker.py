@@ -287,6 +287,7 @@ class _Training:
         """History first, so that a training that goes on from the checkpoint lacks no row."""
         if self._order is not None:
             self._order.flush(self._comm.rank)
+            self._comm.barrier()  # the checkpoint speaks for the rows of all workers
         scaler = self._stepper.scaler
         self._progress = replace(self._progress, scaler=None if scaler is None else scaler.get_scale())
         tensors = self._network.tensors()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from segpipe.config.model import SegpipeConfig
 from segpipe.config.train import TrainConfig
 from segpipe.pipelines.resources import Hardware, plan_pool, units_per_task
-from segpipe.training.resources import plan_training
+from segpipe.training.resources import idle_gpus, plan_training
 
 
 def config_for(workers: int | None) -> SegpipeConfig:
@@ -74,6 +74,24 @@ def test_every_gpu_of_a_mixed_cluster_has_room_for_a_worker_of_a_training(
     assert sum(places(cpus, gpus, pool.cpus_per_worker, True) for cpus, gpus in nodes) == hardware.gpus
     assert pool.cpus_per_worker > 0
     assert min(pool.threads_per_worker, pool.loader_threads) >= 1
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(16, 8), (12, 6), (11, 1), (4, 4)])
+def test_a_training_by_itself_takes_as_many_gpus_as_share_the_batch_and_names_the_others(
+    batch: int, workers: int
+) -> None:
+    hardware = replace(mixed([(32, 8)]), gpu_precision=lambda: "bf16")
+    config = train_config("auto", batch)
+    pool = plan_training(hardware, config)
+    assert (pool.least, pool.most) == (workers, workers)
+    line = idle_gpus(hardware, config, pool)
+    if workers == 8:
+        assert line is None
+    else:
+        assert line is not None
+        assert line.startswith(f"{8 - workers} of 8 GPUs stay idle: ")
+        assert f"batch of {batch} evenly" in line
+    assert idle_gpus(hardware, train_config(1, batch), pool) is None, "who asks for fewer gets fewer"
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=8), st.data())
