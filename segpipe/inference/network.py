@@ -98,11 +98,8 @@ def first_call(
 
     try:
         return forward(x_BNHW)
-    except (
-        torch.OutOfMemoryError,
-        torch.distributed.DistError,
-    ):  # a lost worker is no fault of torch.compile
-        raise
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise  # a full memory and a lost worker are no faults of torch.compile
     except (TorchDynamoException, RuntimeError) as error:
         raise ConfigError(
             f"torch.compile failed: {first_line(error)}",

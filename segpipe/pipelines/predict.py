@@ -17,12 +17,7 @@ import numpy as np
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig, as_tree
 from segpipe.config.recipe import masks_recipe, recipe, recipe_key
-from segpipe.errors import (
-    ConfigError,
-    InputError,
-    StorageError,
-    nothing_written,
-)
+from segpipe.errors import ConfigError, InputError, StorageError, nothing_written
 from segpipe.inference.memory import return_freed_pages
 from segpipe.masks.plan import PART_SCENES, PlanScene, part_num_units
 from segpipe.masks.read import iter_plan
@@ -196,8 +191,9 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
         try:
             with nothing_written():
                 facts, pool, hardware = _resolve(job, storage, executor.hardware)
-                is_new = read_run(storage) is None
-                info = adopt_or_create(storage, _run_info(job, facts))
+                asked = _run_info(job, facts)
+                info = adopt_or_create(storage, asked)
+            is_new = info is asked
             _check_start(job, info, hardware, storage.root)
             index = MaskIndex(open_storage(job.masks_uri)) if job.masks_uri is not None else None
             inspect = _inspector(job, executor, info)
@@ -208,7 +204,7 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
                 _warn_of(index.other_version, what, events)
                 index.close()
             return _complete(job, storage, info, pool, executor, events)
-        except (ConfigError, InputError):
+        except InputError:
             # What only a worker sees, weights that do not fit say, is wrong input too: nothing stays written.
             if is_new:
                 take_back(storage)

@@ -17,6 +17,7 @@ from segpipe.models.families import build_of
 from segpipe.models.file import empty_model
 from segpipe.pipelines.executor import start_executor
 from segpipe.pipelines.local import LocalExecutor
+from segpipe.pipelines.resources import Hardware
 from segpipe.storage import Storage, open_storage
 from segpipe.storage.uris import normalize_root
 from segpipe.training.checkpoint import list_checkpoints
@@ -160,11 +161,7 @@ def plan_only(job: TrainJob, events: TrainEvents) -> TrainPlan:
     named = config.cluster.address or os.environ.get("RAY_ADDRESS")
     executor = start_executor(config.cluster, events.warning) if named else LocalExecutor()
     try:
-        pool = plan_training(executor.hardware, config)
-        check_hardware(config, pool.device)
-        check_passes(config, job.card, pool.least, pool.most)
-        if line := idle_gpus(executor.hardware, config, pool):
-            events.warning(line)
+        pool = _planned(job, executor.hardware, events)
     finally:
         executor.close()
     storage = open_storage(job.output)
@@ -188,11 +185,7 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
     _check_classes(job, events)
     executor = start_executor(config.cluster, events.warning)
     try:
-        pool = plan_training(executor.hardware, config)
-        check_hardware(config, pool.device)
-        check_passes(config, job.card, pool.least, pool.most)
-        if line := idle_gpus(executor.hardware, config, pool):
-            events.warning(line)
+        pool = _planned(job, executor.hardware, events)
         run = _adopted(job, pool, storage, events)
         steps = list_checkpoints(storage)
         events.begun(steps[-1] if steps else 0, job.total_steps)
@@ -203,6 +196,16 @@ def run_training(job: TrainJob, events: TrainEvents) -> Trained:
     finally:
         executor.close()
     return finish(storage, config, run, job.dataset, job.total_steps, events.warning)
+
+
+def _planned(job: TrainJob, hardware: Hardware, events: TrainEvents) -> TrainPool:
+    """The workers on this hardware, held against the config. Raises `ConfigError`."""
+    pool = plan_training(hardware, job.config)
+    check_hardware(job.config, pool.device)
+    check_passes(job.config, job.card, pool.least, pool.most)
+    if line := idle_gpus(hardware, job.config, pool):
+        events.warning(line)
+    return pool
 
 
 def _train(job: TrainJob, run: TrainRun, pool: TrainPool, events: TrainEvents) -> None:

@@ -177,32 +177,30 @@ def test_a_label_without_class_is_named(uri: str) -> None:
     assert np.unique(decode_sample(sample, dataset, "").label).tolist() == [0, 1, 2, 255]
 
 
-def test_a_group_is_read_once_an_epoch(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Shard and number of each group that is read, as it is read."""
+    found: list[tuple[str, int]] = []
     plain = GroupReader.read
 
-    def counted(self: GroupReader, group: GroupRef) -> list[EncodedSample]:
-        read.append(group.index)
+    def noted(self: GroupReader, group: GroupRef) -> list[EncodedSample]:
+        found.append((group.shard_key, group.index))
         return plain(self, group)
 
-    monkeypatch.setattr(GroupReader, "read", counted)
+    monkeypatch.setattr(GroupReader, "read", noted)
+    return found
+
+
+def test_a_group_is_read_once_an_epoch(uri: str, read: list[tuple[str, int]]) -> None:
     assert len(list(ImageSlice(open_dataset(uri), ("train",), 0, 1))) == 18
-    assert read == [0, 1]
+    assert [index for _, index in read] == [0, 1]
     read.clear()
     stream(uri, stop=5)
-    assert sorted(read) == [0, 1]
+    assert sorted(index for _, index in read) == [0, 1]
 
 
-def test_a_worker_reads_only_what_its_lanes_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_reads_only_what_its_lanes_need(tmp_path: Path, read: list[tuple[str, int]]) -> None:
     uri = tiny_dataset(tmp_path, samples=32, shard_samples=1)
-    read: list[str] = []
-    plain = GroupReader.read
-
-    def counted(self: GroupReader, group: GroupRef) -> list[EncodedSample]:
-        read.append(group.shard_key)
-        return plain(self, group)
-
-    monkeypatch.setattr(GroupReader, "read", counted)
     reads = []
     for rank in range(4):
         read.clear()
