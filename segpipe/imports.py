@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ class _Process:
 def own_process() -> None:
     """Say that this process is the command line's, so that `quick_start` may change its settings."""
     _Process.own = True
+    # Else pydantic looks through all installed packages for plugins.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 def quick_start(*, pandas: bool) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node, Tracer
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from segpipe.errors import ConfigError, first_line
 from segpipe.inference.device import DTYPES
@@ -40,20 +45,49 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     Of a module that cannot be traced a plain copy, with a warning in the log. It must be in eval mode; the
     one given is not modified.
     """
-    from torch.fx import GraphModule, Tracer
-    from torch.fx.experimental.optimization import fuse
-
-    # In float64: rounded once, the folded logits are as near to the true ones as the unfolded.
-    exact = copy.deepcopy(module).double()
     # By default fx swaps the functions of `math` while it traces, for all threads: numba then misses them.
     tracer = Tracer(autowrap_modules=())  # type: ignore[arg-type]
     try:
         with _TRACING:
-            graph = tracer.trace(exact)
-        return fuse(GraphModule(exact, graph), inplace=True, no_trace=True).float()
+            graph = tracer.trace(module)
+        parts = _fold(graph, module)
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr") and node.target not in parts:
+                parts[node.target] = copy.deepcopy(attrgetter(node.target)(module))
+        return GraphModule(parts, graph).eval()
     except Exception as error:  # fx raises many types: what a model's code does while traced is open
         _log.warning("batch norms are not folded: %s cannot be traced (%s)", type(module).__name__, error)
         return copy.deepcopy(module)
+
+
+def _fold(graph: Graph, module: nn.Module) -> dict[str, nn.Module]:
+    """Take batch norms out of the graph and return, by name, the convolutions that stand for both."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    folded: dict[str, nn.Module] = {}
+    for norm_node in list(graph.nodes):
+        conv_node = norm_node.args[0] if norm_node.args else None
+        if calls[norm_node.target] != 1 or not isinstance(conv_node, Node) or calls[conv_node.target] != 1:
+            continue
+        name = str(conv_node.target)
+        norm, conv = module.get_submodule(norm_node.target), module.get_submodule(name)
+        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+            continue
+        if norm.track_running_stats and len(conv_node.users) == 1:
+            folded[name] = _folded(conv, norm)
+            norm_node.replace_all_uses_with(conv_node)
+            graph.erase_node(norm_node)
+    return folded
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return a convolution that does both, its weights computed in float64 and rounded once."""
+    given = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    exact: list[Any] = [value if value is None else value.detach().double() for value in given]
+    weight, bias, mean, variance, scale, shift = exact
+    weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
+    both = copy.copy(conv)
+    both._parameters = {"weight": nn.Parameter(weight.float()), "bias": nn.Parameter(bias.float())}
+    return both
 
 
 def prepare_network(model: nn.Module, *, device: str, precision: str, compile_network: bool) -> Forward:

@@ -40,7 +40,6 @@ from segpipe.pipelines.executor import Executor, start_executor
 from segpipe.pipelines.local import LocalExecutor
 from segpipe.pipelines.mask_index import MaskIndex
 from segpipe.pipelines.plan import Inspect, PlanTotals, known_scenes, make_plan, plan_part
-from segpipe.pipelines.report import make_reports
 from segpipe.pipelines.resources import (
     Hardware,
     Pool,
@@ -333,6 +332,8 @@ def _complete(
     if lost:
         events.warning(f"{counted(len(lost), 'unit')} ended with a worker and will run again alone")
         _consume(executor.isolate(setup, pool, lost), outcome, events)
+    from segpipe.pipelines.report import make_reports  # not before: the first unit need not wait for it
+
     outcome.summary, outcome.missing, outcome.units = make_reports(storage, info, executor, events)
     outcome.scenes = outcome.summary["scenes"]["all"]
     outcome.failed_scenes = outcome.summary["scenes"]["failed"] + outcome.summary["scenes"]["partial"]

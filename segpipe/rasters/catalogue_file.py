@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from segpipe.errors import InputError, SegpipeError
@@ -208,7 +207,7 @@ def _infer(columns: Sequence[str], batches: Iterable[pa.RecordBatch]) -> dict[st
 
 def _fits(column: pa.Array, kind: pa.DataType) -> bool:
     try:
-        pc.cast(column, kind)
+        column.cast(kind)
     except pa.ArrowException:
         return False
     return True
@@ -217,7 +216,7 @@ def _fits(column: pa.Array, kind: pa.DataType) -> bool:
 def _typed(batch: pa.RecordBatch, extra: pa.Schema) -> pa.RecordBatch:
     """The batch with the further columns in their final types."""
     columns = [
-        pc.cast(column, extra.field(name).type, safe=False) if name in extra.names else column
+        column.cast(extra.field(name).type, safe=False) if name in extra.names else column
         for name, column in zip(batch.schema.names, batch.columns, strict=True)
     ]
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
