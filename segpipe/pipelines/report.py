@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -82,7 +83,7 @@ def _make_reports(
 ) -> Made:
     replacements = Replacements(storage, parts)
     totals, num_planned = Totals(), 0
-    with tempfile.TemporaryFile() as scenes_file, tempfile.TemporaryFile() as failures_file:
+    with _scratch_file() as scenes_file, _scratch_file() as failures_file:
         builder = ReportBuilder(info.card.classes, scenes_file, failures_file)
         try:
             for part in parts:
@@ -97,7 +98,7 @@ def _make_reports(
                 builder.close()  # its writers must end before their files do
             raise
         reports = builder.close(_about(info), planned)
-        _put_reports(storage, info, reports, _content(scenes_file), _content(failures_file))
+        _put_reports(storage, info, reports, scenes_file, failures_file)
     if complete:
         storage.put(SUCCESS_KEY, totals.to_json())
     return Made(reports.summary, missing, num_planned)
@@ -123,7 +124,7 @@ def _report_part(
     """Read one part's objects into its index and the score tables, and return what they amount to."""
     replaced = pa.array(sorted(replacements.of(part)), pa.string())
     totals = Totals(parts=1)
-    with tempfile.TemporaryFile() as index:
+    with _scratch_file() as index:
         # Closed in any case: a writer that outlives its file complains at the end of the process.
         with closing(BufferedWriter(index, _INDEX_SCHEMA)) as writer:
             for read in gathered(executor.map_ordered(read_range, unit_ranges(storage, part, num_units))):
@@ -133,7 +134,7 @@ def _report_part(
                 pixels = pc.sum(pc.multiply(rows["height"].cast(pa.int64()), rows["width"])).as_py()
                 totals += Totals(0, read.num_units, rows.num_rows, pixels or 0, read.num_bytes)
                 events.reporting(totals.units, num_units)
-        storage.put(index_key(part), _content(index))
+        _put_scratch(storage, index_key(part), index)
     return totals
 
 
@@ -248,14 +249,18 @@ def _about(info: RunInfo) -> dict[str, Any]:
     return {"recipe_key": info.recipe_key, "model_sha256": info.model_sha256, "family": info.card.family}
 
 
-def _content(file: Any) -> bytes:
-    file.seek(0)
-    return bytes(file.read())
+def _scratch_file() -> Any:
+    return tempfile.NamedTemporaryFile(prefix="segpipe-report-", suffix=".parquet")
 
 
-def _put_reports(storage: Storage, info: RunInfo, reports: Reports, scenes: bytes, failures: bytes) -> None:
-    storage.put("reports/scenes.parquet", scenes)
-    storage.put(FAILURES_KEY, failures)
+def _put_scratch(storage: Storage, key: str, file: Any) -> None:
+    file.flush()
+    storage.put_file(key, Path(file.name))
+
+
+def _put_reports(storage: Storage, info: RunInfo, reports: Reports, scenes: Any, failures: Any) -> None:
+    _put_scratch(storage, "reports/scenes.parquet", scenes)
+    _put_scratch(storage, FAILURES_KEY, failures)
     storage.put("reports/classes.parquet", parquet_bytes(reports.classes))
     storage.put("reports/confusion.parquet", parquet_bytes(reports.confusion))
     storage.put("reports/report.html", render_html(reports, info.card.classes).encode())

@@ -74,6 +74,9 @@ class Storage(Protocol):
     def put(self, key: str, data: bytes) -> None:
         """Make or replace the object; readers see the old or the new bytes, never a mixture."""
 
+    def put_file(self, key: str, path: Path) -> None:
+        """``put`` with the bytes of a local file, which is never held in memory whole."""
+
     def delete(self, key: str) -> None:
         """Remove the object; no error where there is none.
 

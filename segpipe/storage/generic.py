@@ -143,6 +143,11 @@ class FsspecStorage:
         path = self._path(key)
         self._try(lambda: self._fs.pipe_file(path, bytes(data)), self.uri(key))
 
+    def put_file(self, key: str, path: Path) -> None:
+        self._check_writable()
+        target = self._path(key)
+        self._try(lambda: self._fs.put_file(str(path), target), self.uri(key))
+
     def delete(self, key: str) -> None:
         self._check_writable()
         path = self._path(key)

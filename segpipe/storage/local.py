@@ -105,16 +105,12 @@ class LocalStorage:
             return self._create(target, lambda descriptor: _copy(source, descriptor))
 
     def put(self, key: str, data: bytes) -> None:
+        self._replace(self.uri(key), lambda descriptor: _write_all(descriptor, data))
+
+    def put_file(self, key: str, path: Path) -> None:
         target = self.uri(key)
-        with _explained(target):
-            _refuse_folder(target)
-            _make_folders(os.path.dirname(target))
-            temp = self._write_temp(lambda descriptor: _write_all(descriptor, data))
-            try:
-                os.replace(temp, target)
-                _sync_folder(os.path.dirname(target))
-            finally:
-                self._drop_temp(temp)
+        with _explained(str(path)), open(path, "rb", buffering=0) as source:
+            self._replace(target, lambda descriptor: _copy(source, descriptor))
 
     def delete(self, key: str) -> None:
         path = self.uri(key)
@@ -159,6 +155,17 @@ class LocalStorage:
                 yield from self._walk(key[:-1], "", (*above, here))
             elif (info := self.stat(key)) is not None:  # gone since, or a link to nothing
                 yield info
+
+    def _replace(self, target: str, write: Writer) -> None:
+        with _explained(target):
+            _refuse_folder(target)
+            _make_folders(os.path.dirname(target))
+            temp = self._write_temp(write)
+            try:
+                os.replace(temp, target)
+                _sync_folder(os.path.dirname(target))
+            finally:
+                self._drop_temp(temp)
 
     def _create(self, target: str, write: Writer) -> bool:
         """Make ``target`` with what ``write`` writes; False where it is there already."""

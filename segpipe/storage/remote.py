@@ -115,11 +115,9 @@ class S3Storage:
         return self._wait(lambda: retry_async(attempt, where))
 
     def put_file_if_absent(self, key: str, path: Path) -> bool:
-        where = self.uri(key)
         if self.stat(key) is not None:
             return False  # saves sending what may be gigabytes
-        upload = FileUpload(self._file_system(), self._bucket, self._full_key(key), where, path)
-        return upload.run()
+        return self._upload(key, path).run(create_only=True)
 
     def put(self, key: str, data: bytes) -> None:
         where = self.uri(key)
@@ -133,6 +131,9 @@ class S3Storage:
                 raise s3client.unexpected(error, where) from None
 
         self._wait(lambda: retry_async(attempt, where))
+
+    def put_file(self, key: str, path: Path) -> None:
+        self._upload(key, path).run(create_only=False)
 
     def delete(self, key: str) -> None:
         where = self.uri(key)
@@ -158,6 +159,9 @@ class S3Storage:
 
     def _full_key(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
+
+    def _upload(self, key: str, path: Path) -> FileUpload:
+        return FileUpload(self._file_system(), self._bucket, self._full_key(key), self.uri(key), path)
 
     def _file_system(self) -> Any:
         return s3client.file_system(self._environment)

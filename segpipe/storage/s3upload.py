@@ -1,4 +1,4 @@
-"""Sending a local file to S3, create-only, in parts where it is long."""
+"""Sending a local file to S3, in parts where it is long."""
 
 from __future__ import annotations
 
@@ -34,17 +34,21 @@ class FileUpload:
         self._size = path.stat().st_size
         self._token = {s3client.PUT_TOKEN: uuid4().hex}  # see S3Storage.put_if_absent
 
-    def run(self) -> bool:
-        """True = the object holds the file's bytes because of this call; False = it was there before."""
-        return s3client.run(lambda: retry_async(self._attempt, self._where))
+    def run(self, *, create_only: bool) -> bool:
+        """True = the object holds the file's bytes because of this call.
 
-    async def _attempt(self) -> bool:
+        False = with ``create_only`` there was one before; else one is replaced.
+        """
+        conditions = {"IfNoneMatch": "*"} if create_only else {}
+        return s3client.run(lambda: retry_async(lambda: self._attempt(conditions), self._where))
+
+    async def _attempt(self, conditions: dict[str, str]) -> bool:
         try:
             if self._size <= PART_BYTES:
                 body = await asyncio.to_thread(self._read, 0, PART_BYTES)
-                await self._call("put_object", Body=body, IfNoneMatch="*", Metadata=self._token)
+                await self._call("put_object", Body=body, Metadata=self._token, **conditions)
             else:
-                await self._send_parts()
+                await self._send_parts(conditions)
             return True
         except ClientError as error:
             status = s3client.status_of(error)
@@ -56,9 +60,13 @@ class FileUpload:
             if s3client.status_of(error) == 404:
                 raise Transient("another write of this object was in the way") from None
             raise s3client.unexpected(error, self._where) from None
-        return s3client.put_token(head) == self._token[s3client.PUT_TOKEN]
+        if s3client.put_token(head) == self._token[s3client.PUT_TOKEN]:
+            return True
+        if conditions:
+            return False
+        raise Transient("another write of this object was in the way")
 
-    async def _send_parts(self) -> None:
+    async def _send_parts(self, conditions: dict[str, str]) -> None:
         started = await self._call("create_multipart_upload", Metadata=self._token)
         upload = {"UploadId": started["UploadId"]}
         try:
@@ -76,7 +84,7 @@ class FileUpload:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(send(number, start)) for number, start in enumerate(starts, 1)]
             parts = {"Parts": [task.result() for task in tasks]}
-            complete = {"MultipartUpload": parts, "IfNoneMatch": "*", **upload}
+            complete = {"MultipartUpload": parts, **upload, **conditions}
             await retry_async(lambda: self._call("complete_multipart_upload", **complete), self._where)
         except BaseException as error:
             with suppress(Exception):

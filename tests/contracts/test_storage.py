@@ -268,6 +268,14 @@ class TestEveryStore:
         assert store.read("exports/a.tif") == before
         assert keys_of(store) == ["exports/a.tif"]
 
+    def test_a_file_replaces_an_object(self, store: Storage, tmp_path: Path) -> None:
+        source = tmp_path / "source.bin"
+        for data in (np.random.default_rng(7).bytes(3_000_000), b"", b"shorter"):
+            source.write_bytes(data)
+            store.put_file("reports/a.parquet", source)
+            assert store.read("reports/a.parquet") == data
+        assert keys_of(store) == ["reports/a.parquet"]
+
     def test_a_deleted_object_is_gone_and_may_be_made_anew(self, store: Storage) -> None:
         for key in (*ODD_KEYS, "a/b", "a/c", "ab"):
             store.put(key, b"old")
@@ -318,6 +326,7 @@ class TestEveryStore:
             lambda: store.put(key, b""),
             lambda: store.put_if_absent(key, b""),
             lambda: store.put_file_if_absent(key, source),
+            lambda: store.put_file(key, source),
             lambda: store.delete(key),
             lambda: store.local_path(key),
         ):

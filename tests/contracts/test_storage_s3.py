@@ -113,6 +113,9 @@ class TestS3:
         assert found.size_bytes == 35 << 20
         assert store.read("long.bin") == source.read_bytes()
         assert not store.put_file_if_absent("long.bin", source)
+        source.write_bytes(np.random.default_rng(9).bytes(17 << 20))
+        store.put_file("long.bin", source)
+        assert store.read("long.bin") == source.read_bytes()
 
 
 @pytest.mark.s3
@@ -244,6 +247,20 @@ class TestS3WithFaults:
             Fault("POST", "uploadId=", "lost"),
         ]
         assert store.put_file_if_absent("long.bin", source)
+        assert all(fault.times == 0 for fault in s3_proxy.faults)
+        assert store.read("long.bin") == source.read_bytes()
+
+    def test_a_long_file_that_replaces_survives_a_lost_completion_and_another_writer(
+        self, store: Storage, s3_proxy: FaultProxy, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "long.bin"
+        source.write_bytes(np.random.default_rng(9).bytes(17 << 20))
+        store.put("long.bin", b"theirs")
+        s3_proxy.faults = [
+            Fault("POST", "uploadId=", "lost"),
+            Fault("PUT", "partNumber=1", "404", "NoSuchUpload"),
+        ]
+        store.put_file("long.bin", source)
         assert all(fault.times == 0 for fault in s3_proxy.faults)
         assert store.read("long.bin") == source.read_bytes()
 

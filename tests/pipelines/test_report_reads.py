@@ -101,7 +101,7 @@ def test_reports_without_scratch_space_say_so_and_are_made_later(
     model = make_model(tmp_path / "model.safetensors", "pixel")
     with monkeypatch.context() as patch:
         full = SimpleNamespace(
-            TemporaryFile=lambda: open("/dev/full", "r+b"),  # noqa: SIM115
+            NamedTemporaryFile=lambda **_: open("/dev/full", "r+b"),  # noqa: SIM115
             gettempdir=tempfile.gettempdir,
         )
         patch.setattr(report, "tempfile", full)

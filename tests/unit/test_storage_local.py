@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peak_memory import peak_growth_bytes
 
 from segpipe.errors import InputError, ObjectChanged, ObjectMissing, StorageError, StorageFull, StorageRefused
 from segpipe.storage import open_storage
@@ -110,6 +112,23 @@ def test_where_unnamed_files_are_not_to_be_had_a_temporary_file_is_linked_and_re
     assert not store.put_if_absent("a/k", b"second")
     assert store.read("a/k") == b"first"
     assert files_below(store.root) == ["a", "a/k"]
+
+
+def long_file(folder: Path) -> Path:
+    source = folder / "source"
+    with source.open("wb") as file:
+        file.truncate(200_000_000)
+    return source
+
+
+def put_long_file(source: Path) -> None:
+    LocalStorage(str(source.parent / "store")).put_file("k", source)
+    assert (source.parent / "store/k").stat().st_size == 200_000_000
+
+
+def test_a_long_file_is_never_held_whole(tmp_path: Path) -> None:
+    assert peak_growth_bytes(partial(long_file, tmp_path), put_long_file) < 20e6
+    (tmp_path / "store/k").unlink()
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EXDEV, errno.EPERM])
