@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from segpipe.inference.engine import Engine
 
 Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 # Two: the scene being read, and the one before it whose last block may be asked for again.
 _OPEN_PER_THREAD = 2
+
+_UNREAD = ("header", "decode", "valid_mask", "label_read")
 
 
 class BlockSource(Protocol):
@@ -69,8 +72,26 @@ class PerThread(Generic[Value]):
         value = opened[key] = opener()
         return value
 
-    def drop(self, key: str) -> None:
-        """Forget a thing that failed, so that the next block opens it anew."""
+    def use(self, key: str, opener: Callable[[], Value], action: Callable[[Value], Result]) -> Result:
+        """Return what ``action`` gives of the opened thing; one that fails is closed.
+
+        One whose file could not be read is opened anew, once: a network file system gives up open files.
+        """
+        try:
+            return self._use(key, opener, action)
+        except SceneError as error:
+            if error.kind not in _UNREAD:
+                raise
+        return self._use(key, opener, action)
+
+    def _use(self, key: str, opener: Callable[[], Value], action: Callable[[Value], Result]) -> Result:
+        try:
+            return action(self.get(key, opener))
+        except BaseException:
+            self._drop(key)
+            raise
+
+    def _drop(self, key: str) -> None:
         value = getattr(self._local, "opened", {}).pop(key, None)
         if value is not None and self._close is not None:
             self._close(value)
@@ -97,12 +118,9 @@ class EngineSource:
         assert header is not None
         key = f"{source.scene_id}\0{source.version_text}"
         with self._engine.reading():
-            try:
-                reader = self._readers.get(key, lambda: open_scene(source, header, self._config))
-                pixels, valid = reader.read(block.read)
-            except BaseException:
-                self._readers.drop(key)
-                raise
+            pixels, valid = self._readers.use(
+                key, lambda: open_scene(source, header, self._config), lambda reader: reader.read(block.read)
+            )
             return self._engine.submit(pixels, valid, block.tiles)
 
     def check_start(self) -> None:

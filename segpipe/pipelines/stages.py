@@ -38,11 +38,7 @@ class LabelReaders:
             size, classes = (header.height, header.width), self.card.classes
             return open_label(source, *size, classes, self.config, header.located)
 
-        try:
-            return self._labels.get(key, opener).read(window)
-        except BaseException:
-            self._labels.drop(key)
-            raise
+        return self._labels.use(key, opener, lambda reader: reader.read(window))
 
 
 def base_row(scene: PlanScene, part: int, unit: int, window: Window | None = None) -> Row:

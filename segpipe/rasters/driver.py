@@ -12,7 +12,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -29,7 +29,7 @@ from segpipe.geometry.grid import Window
 from segpipe.pages import block_zeros
 from segpipe.rasters.ranges import RangedObject
 from segpipe.rasters.scene import CHANGED_FIX, Version
-from segpipe.storage import Storage, open_object
+from segpipe.storage import Storage, open_object, open_storage
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -38,6 +38,8 @@ HEAD_BYTES: Final = 16
 
 WHOLE_BYTES: Final = 64 << 20
 """A remote image that is no GeoTIFF is fetched whole up to this size: its formats have no windows."""
+
+_PROBE_BYTES: Final = 1 << 20
 
 BLOCK_CACHE_BYTES: Final = 64 << 20
 """GDAL's cache of decoded blocks in this process: rows that neighbouring windows share are decoded once."""
@@ -99,11 +101,16 @@ class Raster:
         where: str,
         check: Callable[[], None],
         ranged: RangedObject | None = None,
+        probe: Callable[[], None] = lambda: None,
     ) -> None:
-        """``check`` raises where the object is no longer the version that was asked for."""
+        """``check`` raises where the object is no longer the version that was asked for.
+
+        ``probe`` raises where its bytes cannot be read: GDAL does not tell that from what it cannot decode.
+        """
         self.driver = driver
         self.where = where
         self._check = check
+        self._probe = probe
         self._ranged = ranged
         # rasterio keeps the open files of an opener in context variables: a dataset that is closed in another
         # context than it was opened in ends the process, so all calls on it run in this one
@@ -158,6 +165,7 @@ class Raster:
             self._raise_fault()
             if _is_out_of_memory(error):
                 raise MemoryError(f"{self.where}: GDAL is out of memory") from None
+            self._probe()
             what = "its header cannot be read" if kind == "header" else "pixels cannot be decoded"
             raise SceneError(kind, f"{what} ({_reason(error)})", self.where, "Repair the file.") from None
         self._raise_fault()
@@ -196,7 +204,9 @@ def open_raster(uri: str, version: Version | None) -> Raster:
     name = str(path)
     if name.startswith("/vsi"):
         name = "/." + name  # the same file, but no virtual file system of GDAL's
-    return Raster(lambda: rasterio.open(name, driver=driver), driver, uri, check)
+    return Raster(
+        lambda: rasterio.open(name, driver=driver), driver, uri, check, probe=lambda: _probe(storage, key)
+    )
 
 
 def open_raster_bytes(data: bytes, where: str) -> Raster:
@@ -266,6 +276,21 @@ def _check_version(storage: Storage, key: str, uri: str, version: Version | None
         raise _gone(uri)
     if version is not None and Version(info.size_bytes, info.etag) != version:
         raise _changed(uri)
+
+
+def _probe(storage: Storage, key: str) -> None:
+    """Raise `StorageError` where a local file cannot be read from end to end."""
+    info = storage.stat(key)
+    if info is not None:
+        with suppress(ObjectChanged, ObjectMissing):  # told by the next check
+            _read_through(storage.root, key, info.etag)
+
+
+@lru_cache(maxsize=64)  # of what is whole: a damaged scene of many blocks is read once
+def _read_through(root: str, key: str, etag: str) -> None:
+    with open_storage(root).open_range(key, etag) as file:
+        while file.read(_PROBE_BYTES):
+            pass
 
 
 def _nothing_to_check() -> None:

@@ -249,13 +249,15 @@ class _PinnedFile(io.FileIO):
             raise
 
     def readinto(self, buffer: bytearray) -> int | None:  # type: ignore[override]
-        count = super().readinto(buffer)
-        self._check()
+        with _explained(self._path):
+            count = super().readinto(buffer)
+            self._check()
         return count
 
     def readall(self) -> bytes:
-        data = super().readall()
-        self._check()
+        with _explained(self._path):
+            data = super().readall()
+            self._check()
         return data or b""
 
     def _check(self) -> None:

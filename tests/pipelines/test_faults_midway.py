@@ -27,7 +27,8 @@ from s3_server import Fault, FaultProxy
 
 import segpipe.pipelines.predict as driver
 import segpipe.storage.local
-from segpipe.errors import StorageError
+from segpipe.errors import SceneError, StorageError
+from segpipe.rasters.driver import Raster
 from segpipe.rasters.reader import SceneReader
 
 
@@ -145,6 +146,45 @@ def test_a_reader_that_broke_is_opened_anew_for_the_next_unit(
     done = predict(tmp_path / "in", model, tmp_path / "run", **cut)
     assert done.code == 3
     assert re.search(r"1 of \d\d units missing", done.err), done.err
+
+
+def test_a_local_file_that_cannot_be_read_now_is_no_damaged_scene(
+    tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GDAL says of both that it cannot decode."""
+    with (scenes / "b.tif").open("r+b") as file:
+        file.truncate((scenes / "b.tif").stat().st_size // 2)
+
+    def check(self: Any) -> None:
+        if self.name.endswith("b.tif"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segpipe.storage.local._PinnedFile, "_check", check)
+        done = predict(scenes, model, tmp_path / "run", unit_px=7000)
+    assert done.code == 3
+    assert re.search(r"not committed: \S+/b.tif: .*input/output error", done.err), done.err
+    assert "1 of 3 units missing" in done.err
+    assert predict(scenes, model, tmp_path / "run", unit_px=7000).code == 5
+    assert {name: row["error_kind"] for name, row in failures(tmp_path / "run").items()} == {"b": "decode"}
+
+
+def test_a_file_that_fails_once_is_opened_anew(
+    tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok(predict(scenes, model, tmp_path / "undisturbed"))
+    real, broken = Raster.read, []
+
+    def read(self: Raster, *args: Any) -> None:
+        if self.where.endswith("b.tif") and (not broken or self in broken):
+            broken.append(self)
+            raise SceneError("decode", "Stale file handle", self.where)
+        real(self, *args)
+
+    monkeypatch.setattr(Raster, "read", read)
+    ok(predict(scenes, model, tmp_path / "run"))
+    assert len(broken) == 1
+    assert objects(tmp_path / "run") == objects(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(
