@@ -43,6 +43,11 @@ class PlanScene:
     """What the file calls the chosen bands, "" for no name, where the model takes other ones in their places;
     known while planning, not kept in the plan."""
 
+    @property
+    def datetime(self) -> str | None:
+        """Acquisition time, ISO 8601: the catalogue's, else the file's."""
+        return self.source.datetime or (self.header.datetime if self.header is not None else None)
+
     def grid(self, facts: Facts) -> SceneGrid | None:
         """Return the scene's cells and blocks, None where the header could not be read."""
         if self.header is None:
@@ -171,7 +176,7 @@ def row_of_scene(scene: PlanScene) -> dict[str, Any]:
         "label_offset": source.label_offset,
         "label_length": source.label_length,
         "valid_uri": source.valid_uri,
-        "datetime": source.datetime or (header.datetime if header is not None else None),
+        "datetime": scene.datetime,
         "downsample": scene.downsample,
         "coarser_than_model": scene.coarser_than_model,
         "first_unit": scene.first_unit,
@@ -217,6 +222,7 @@ def scene_of_row(row: dict[str, Any]) -> PlanScene:
         label_offset=row["label_offset"],
         label_length=row["label_length"],
         shard_members=row["shard_members"],
+        datetime=row["datetime"],
         extra={name: value for name, value in row.items() if name not in PLAN_COLUMNS},
     )
     masks = None

@@ -53,7 +53,7 @@ class Expected:
             "width": self.window.width,
             "scene_height": header.height if header else None,
             "scene_width": header.width if header else None,
-            "datetime": header.datetime if header else None,
+            "datetime": self.scene.datetime,
             "label_uri": self.scene.source.label_uri,
         }
 

@@ -354,7 +354,7 @@ class _Exporter:
         return self._output.put_if_absent(key, self._names) or self._output.read(key) == self._names
 
     def _tags(self, scene: PlanScene, export_key: str) -> dict[str, str]:
-        source, header = scene.source, scene.header
+        source = scene.source
         tags = {
             "SEGPIPE_VERSION": segpipe.__version__,
             _KEY_TAG: export_key,
@@ -364,8 +364,8 @@ class _Exporter:
             "SEGPIPE_SOURCE": _without_query(source.where),
             "SEGPIPE_SOURCE_VERSION": str(source.version),
         }
-        if header is not None and header.datetime is not None:
-            tags["SEGPIPE_SOURCE_DATETIME"] = header.datetime
+        if scene.datetime is not None:
+            tags["SEGPIPE_SOURCE_DATETIME"] = scene.datetime
         return tags
 
     @contextmanager

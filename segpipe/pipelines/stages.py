@@ -51,10 +51,11 @@ def base_row(scene: PlanScene, part: int, unit: int, window: Window | None = Non
         "part": part,
         "unit": unit,
         "label_uri": source.label_uri,
+        "datetime": scene.datetime,
     }
     if header is None:
         return row
-    row |= {"scene_height": header.height, "scene_width": header.width, "datetime": header.datetime}
+    row |= {"scene_height": header.height, "scene_width": header.width}
     if window is None or header.transform is None:
         return row
     row |= {"crs": header.crs, "transform": list(shift(header.transform, window))}

@@ -340,3 +340,22 @@ def test_evaluate_prints_its_scores_as_json_too(tmp_path: Path, scenes: Path, mo
     assert (tree["exit_code"], tree["missing"]) == (0, 0)
     assert tree["summary"] == json.loads((tmp_path / "run/reports/summary.json").read_text())
     assert tree["summary"]["scores"]["miou"] is not None
+
+
+def test_a_catalogues_times_stand_in_plan_masks_and_exports_of_damaged_scenes_too(
+    tmp_path: Path, scenes: Path, model: Path
+) -> None:
+    (scenes / "b.tif").write_bytes(b"II*\0 and no more")
+    times = {"a": "2024-05-01T10:00:00", "b": "2024-05-02T10:00:00"}
+    lines = ["uri,datetime", *(f"{scenes}/{name}.tif,{time}" for name, time in times.items())]
+    (tmp_path / "cat.csv").write_text("\n".join(lines) + "\n")
+    assert predict(tmp_path / "cat.csv", model, tmp_path / "run").code == 5
+    found = rows(tmp_path / "run", "uri", "datetime", "status")
+    assert {Path(row["uri"]).stem: (row["datetime"], row["status"]) for row in found} == {
+        "a": (times["a"], "ok"),
+        "b": (times["b"], "failed"),
+    }
+    ok(run("verify", tmp_path / "run", "--full"))
+    ok(run("export", tmp_path / "run", "-o", tmp_path / "out"))
+    with rasterio.open(next((tmp_path / "out").rglob("a.tif"))) as exported:
+        assert exported.tags()["SEGPIPE_SOURCE_DATETIME"] == times["a"]
