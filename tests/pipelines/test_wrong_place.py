@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,25 @@ def test_a_training_without_length_says_how_to_give_one(folder: Path, tmp_path: 
 
 def test_a_split_name_that_cannot_be_tells_its_form(folder: Path, tmp_path: Path) -> None:
     prepare(folder, tmp_path / "out", "--split", "Val=0.5").refused(2, "Val", "of the form ^[a-z]")
+
+
+def test_a_folder_that_may_not_be_written_is_named_by_every_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, mkdir = str(tmp_path / "locked"), os.mkdir
+
+    def denied(path: Any, *more: Any, **named: Any) -> None:
+        """As for a user without the right to write; root always has it."""
+        if str(path).startswith(locked):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        mkdir(path, *more, **named)
+
+    monkeypatch.setattr(os, "mkdir", denied)
+    words = (locked, "permission denied", "Check the permissions")
+    predict(folder / "in", folder / "model.safetensors", locked).refused(2, *words)
+    done = prepare(folder, Path(locked))
+    assert done.code == 3
+    assert all(word in done.err.splitlines()[-1] for word in words)
+    train(folder, Path(locked)).refused(2, *words)
+    run("export", folder / "run", "-o", locked).refused(3, *words)
+    assert not Path(locked).exists()
