@@ -322,10 +322,11 @@ def _complete(
     missing, outcome.units = missing_units(storage)
     num_missing = sum(map(len, missing))
     events.started(outcome.units, num_missing)
-    if num_missing and (line := executor.busy(pool.workers, pool.cpus_per_worker, pool.gpus_per_worker)):
-        events.warning(line)
     size = units_per_task(num_missing, _mean_unit_px(storage, info), pool.workers)
     tasks = [task for units in missing for task in units.split(size)]
+    pool = replace(pool, workers=min(pool.workers, max(1, len(tasks))))
+    if tasks and (line := executor.busy(pool.workers, pool.cpus_per_worker, pool.gpus_per_worker)):
+        events.warning(line)
     deferred = _consume(executor.run(setup, pool, tasks), outcome, events)
     return_freed_pages()  # listings and reports take what the results took
     lost = [unit for unit in _still_missing(storage, missing) if unit not in deferred]
