@@ -7,7 +7,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
@@ -87,9 +89,36 @@ def test_every_command_has_a_help_text() -> None:
         assert command.callback.__doc__
 
 
-def test_the_format_page_names_every_column_and_kind() -> None:
-    from segpipe.errors import ERROR_KINDS
-    from segpipe.masks.schema import MASK_SCHEMA
+FORMAT_PAGE = (REPOSITORY / "docs" / "format.md").read_text(encoding="utf-8")
 
-    page = (REPOSITORY / "docs" / "format.md").read_text(encoding="utf-8")
-    assert [name for name in (*MASK_SCHEMA.names, *ERROR_KINDS) if name not in page] == []
+
+def columns_of_chapter(title: str) -> dict[str, str]:
+    """Column -> type as the table of a chapter of the format page has them."""
+    _, found, rest = FORMAT_PAGE.partition(f"\n## {title}\n")
+    assert found, f"docs/format.md has no chapter '## {title}'"
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| .+ \|$", rest.partition("\n## ")[0], re.MULTILINE)
+    names = [(name, kind) for cell, kind in rows[1:] for name in cell.split(", ")]
+    assert len(dict(names)) == len(names), "a column stands there twice"
+    return dict(names)
+
+
+def in_words(kind: Any) -> str:
+    """A type as the format page writes it."""
+    if pa.types.is_list(kind):
+        return f"list of {in_words(kind.value_type)}"
+    return "struct" if pa.types.is_struct(kind) else str(kind)
+
+
+@pytest.mark.parametrize(("title", "schema"), [("Plan rows", "PLAN_SCHEMA"), ("Mask rows", "MASK_SCHEMA")])
+def test_the_format_page_has_every_column_with_its_type_and_no_other(title: str, schema: str) -> None:
+    from segpipe.masks import schema as stored
+
+    fields = {field.name: in_words(field.type) for field in getattr(stored, schema)}
+    assert columns_of_chapter(title) == fields
+
+
+def test_the_format_page_names_every_error_kind() -> None:
+    from segpipe.errors import ERROR_KINDS
+
+    _, _, kinds = FORMAT_PAGE.partition("\n## Error kinds\n")
+    assert re.findall(r"\b[a-z]+(?:_[a-z]+)*(?=[,.])", kinds.partition(" The list")[0]) == list(ERROR_KINDS)
