@@ -57,7 +57,10 @@ class SegpipeError(Exception):
 
 
 class InputError(SegpipeError, ValueError):
-    """Wrong input, found before anything was written."""
+    """Wrong input or config, nearly always found before anything is written.
+
+    A training may meet damaged shards, or too little memory, only later.
+    """
 
     exit_code = 2
 

@@ -18,7 +18,7 @@ class _Process:
     """Of the garbage collector, before `collect_rarely`."""
 
 
-def own_process() -> None:
+def declare_own_process() -> None:
     """Say that this process is the command line's, so that `quick_start` may change its settings."""
     _Process.own = True
     # Else pydantic looks through all installed packages for plugins.

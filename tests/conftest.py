@@ -20,15 +20,15 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 # commands that the tests start must hear it all the same.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = Path(os.environ.get("SEGPIPE_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real images that lies beside the repository on development machines."""
-    if not _SHARED_DATA.is_dir():
-        pytest.skip("the shared image data are not beside the repository")
-    return _SHARED_DATA
+    """A folder of public images, of which some tests take more than the repository holds."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("set SEGPIPE_TEST_DATA to the folder of public images")
+    return SHARED_DATA
 
 
 @pytest.fixture(scope="session")

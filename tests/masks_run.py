@@ -14,7 +14,7 @@ from segpipe.geometry.georef import shift
 from segpipe.geometry.grid import Window
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.codec import encode_mask
-from segpipe.masks.ledger import Totals, count_part
+from segpipe.masks.ledger import RunTotals, count_part
 from segpipe.masks.plan import PlanPart, PlanScene, block_sizes_px, encode_part, load_part
 from segpipe.masks.run import (
     SUCCESS_KEY,
@@ -232,15 +232,15 @@ def build_run(
     return MadeRun(storage, info, num_units)
 
 
-def success_totals(storage: Storage, info: RunInfo) -> Totals:
+def success_totals(storage: Storage, info: RunInfo) -> RunTotals:
     """Return what ``_SUCCESS`` says of a finished run, from the plan and a listing of the mask objects."""
-    total = Totals()
+    total = RunTotals()
     for number in list_parts(storage):
         count = count_part(load_part(storage, number, info.facts))
         num_bytes = sum(
             size for page in list_units(storage, number) for unit, size in page if unit < count.units
         )
-        total += Totals(1, count.units, count.rows, count.pixels, num_bytes)
+        total += RunTotals(1, count.units, count.rows, count.pixels, num_bytes)
     return total
 
 

@@ -27,6 +27,7 @@ LEVELS = {
     "imports": 0,
     "compiled": 0,
     "pages": 0,
+    "threads": 0,
     "versions": 0,
     "wording": 0,
     "segpipe": 0,

@@ -113,7 +113,7 @@ def _print_dry_run(plan: DryRun, as_json: bool) -> None:
     tree = {
         "scenes": totals.scenes,
         "scenes_planned_already": plan.known_scenes,
-        "their_units_to_compute": plan.units_left,
+        "planned_units_to_compute": plan.units_left,
         "failed_headers": totals.failed_kinds,
         "units": totals.units,
         "blocks": totals.blocks,
@@ -123,7 +123,7 @@ def _print_dry_run(plan: DryRun, as_json: bool) -> None:
         "source_bytes": totals.source_bytes,
         "validity": totals.validity,
         "coarser_than_model": totals.coarser.count,
-        "bands_named_otherwise": sum(named.count for named in totals.bands_named.values()),
+        "band_names_differ": sum(named.count for named in totals.bands_named.values()),
         "workers": pool.workers,
         "cpus_per_worker": pool.cpus_per_worker,
         "gpus_per_worker": pool.gpus_per_worker,

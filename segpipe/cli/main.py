@@ -10,7 +10,7 @@ import typer
 from segpipe import __version__
 from segpipe.cli import signals
 from segpipe.errors import SegpipeError
-from segpipe.imports import no_collection, own_process
+from segpipe.imports import declare_own_process, no_collection
 
 app = typer.Typer(
     name="segpipe",
@@ -254,7 +254,7 @@ def _flags(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and end the process with its exit code; None = the arguments of the process."""
     if arguments is None:
-        own_process()
+        declare_own_process()
     with signals.heard():
         try:
             code = app(args=arguments, standalone_mode=False)

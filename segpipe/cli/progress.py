@@ -40,7 +40,7 @@ class StderrLines(Events):
         self._print(f"warning: {text}")
 
     def count(self, what: str, done: int, total: int) -> None:
-        """Show how far work is of which nothing but the count is told."""
+        """Show the progress of work that reports only a count."""
         signals.check()
         if self._bar is None:
             self._open_bar(what, total)

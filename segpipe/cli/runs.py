@@ -31,7 +31,7 @@ def verify_command(run: str, *, full: bool, as_json: bool) -> int:
             on_finding=lambda finding: events.message(f"{finding.kind}: {finding}"),
         )
     if as_json:
-        print_json(verification.to_json(), verification.exit_code)
+        print_json(verification.to_tree(), verification.exit_code)
     else:
         render_ledger(verification, Console())
     return verification.exit_code
@@ -89,7 +89,7 @@ def export_command(
             on_scene=tell,
         )
     if as_json:
-        print_json(result.to_json(), result.exit_code)
+        print_json(result.to_tree(), result.exit_code)
         return result.exit_code
     there = f", {result.already_there} already there" if result.already_there else ""
     print(f"{counted(result.exported, 'GeoTIFF')} written to {output}{there}")

@@ -25,7 +25,7 @@ _asked: list[int] = []
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Hear both within this context, but what the parent process wants ignored, as shells do for ``&``."""
+    """Handle both in this context, except one that the parent told us to ignore, as shells do for ``&``."""
     _asked.clear()
     before = {number: signal.getsignal(number) for number in _EXCEPTIONS}
     ours = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
@@ -39,7 +39,7 @@ def heard() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise what was asked for and not yet done."""
+    """Raise a signal again that a library swallowed."""
     if _asked:
         raise _EXCEPTIONS[_asked[-1]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -47,14 +47,14 @@ class ModelCard(BaseModel):
     tile_px: int = Field(default=512, ge=32)
     """Tile side that the model was trained or tuned for, pixels."""
     classes: tuple[ClassInfo, ...] = Field(min_length=1, max_length=MAX_CLASSES)
-    ignore_value: int = IGNORE
+    ignore_value: Literal[255] = IGNORE
     training: dict[str, Any] = {}
     """Training facts: data, places, licence, recipe, scores. Free form, shown as they are."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelCard:
         if not len(self.mean) == len(self.std) == len(self.bands):
-            raise ValueError("mean and std need one value a band")
+            raise ValueError("mean and std need one value per band")
         if any(not value > 0 for value in self.std):
             raise ValueError("std must be positive")
         if self.dtype not in PIXEL_DTYPES:

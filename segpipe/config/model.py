@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -77,7 +77,7 @@ class InferenceConfig(Section):
     blend: Literal["crop", "linear"] = "crop"
     """crop keeps each tile's cell; linear averages all tiles that cover a pixel."""
     batch_size: Auto | PositiveInt = "auto"
-    """Tiles in one forward pass."""
+    """Tiles in a batch; auto depends on the device."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the network; auto looks at the device."""
     compile: bool = False
@@ -91,7 +91,7 @@ class FailuresConfig(Section):
     """Fraction of scenes."""
 
 
-class PlaceConfig(Section):
+class ExecutorConfig(Section):
     """Where to run."""
 
     executor: Literal["ray", "local"] = "ray"
@@ -100,11 +100,11 @@ class PlaceConfig(Section):
     """Address of a Ray cluster; none: RAY_ADDRESS, else Ray starts in-process on loopback."""
 
 
-class ClusterConfig(PlaceConfig):
+class ClusterConfig(ExecutorConfig):
     """Where and how widely to run."""
 
     workers: Auto | PositiveInt = "auto"
-    """Size of the worker pool; auto = one per GPU, else one a node."""
+    """Size of the worker pool; auto = one per GPU, else one per node."""
     threads_per_worker: Auto | PositiveInt = "auto"
     """Compute threads of one worker; auto = CPUs / workers."""
 
@@ -120,8 +120,3 @@ class SegpipeConfig(Section):
     inference: InferenceConfig = InferenceConfig()
     failures: FailuresConfig = FailuresConfig()
     cluster: ClusterConfig = ClusterConfig()
-
-
-def as_tree(config: SegpipeConfig) -> dict[str, Any]:
-    """Return the config as plain JSON-ready values."""
-    return config.model_dump(mode="json")

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from segpipe.config.card import ClassInfo
 from segpipe.config.load import load_model_config
-from segpipe.config.model import LimitsConfig, PlaceConfig, Section
+from segpipe.config.model import ExecutorConfig, LimitsConfig, Section
 
 LAYOUTS: Final = ("archive", "camvid", "cityscapes", "coco", "folder", "voc")
 LISTED_SPLITS: Final = ("camvid", "cityscapes", "coco", "voc")
@@ -116,7 +116,7 @@ class PrepareConfig(Section):
     archive: ArchiveConfig = ArchiveConfig()
     coco: CocoConfig = CocoConfig()
     limits: LimitsConfig = LimitsConfig()
-    cluster: PlaceConfig = PlaceConfig()
+    cluster: ExecutorConfig = ExecutorConfig()
 
     @model_validator(mode="after")
     def _check(self) -> PrepareConfig:

@@ -10,6 +10,12 @@ from typing import Any, Final
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 
+RUN_KEY: Final = "run.json"
+"""Names a folder of ours: of a run or a training."""
+
+DATASET_KEY: Final = "dataset.json"
+"""Names the folder of a prepared data set."""
+
 FORMAT: Final = 1
 """Version of the stored run format."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, model_validator
 
 from segpipe.config.load import load_model_config
-from segpipe.config.model import Auto, PlaceConfig, PositiveInt, Section
+from segpipe.config.model import Auto, ExecutorConfig, PositiveInt, Section
 from segpipe.config.prepare import SplitName
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -196,7 +196,7 @@ class TrackingConfig(Section):
     """Name of the MLflow experiment."""
 
 
-class TrainClusterConfig(PlaceConfig):
+class TrainClusterConfig(ExecutorConfig):
     """Where and how widely to train; executor local = one worker."""
 
     workers: Auto | PositiveInt | tuple[PositiveInt, PositiveInt] = "auto"

@@ -59,7 +59,10 @@ def uniform_window(grid: ReducedGrid, chip_px: int, drawn: Draw) -> Window:
 
 @dataclass(frozen=True, slots=True)
 class ClassPlaces:
-    """Where the classes of a scene lie, by cells of an eighth of a chip: memory follows the cells."""
+    """Where each class of a scene occurs, counted in squares of an eighth of a chip.
+
+    So memory depends on the number of squares and not of pixels.
+    """
 
     grid: ReducedGrid
     chip_px: int

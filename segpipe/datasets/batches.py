@@ -116,7 +116,7 @@ class BatchStream:
         first, last = self.order.windows(epoch, inner)
         for window in range(last + 1, first - 1, -1):  # what is needed first is kept longest
             place = epoch, window
-            if not self.order.window_groups_of(epoch, window):  # the next epoch's first window
+            if not self.order.groups_of_window(epoch, window):  # the next epoch's first window
                 if not self._goes_on(epoch):
                     continue
                 place = epoch + 1, 0
@@ -250,7 +250,7 @@ class ImageSlice:
 
 
 class _KeptSamples:
-    """Decoded samples, as many as fit; what came first stays, for every sample comes as often as another."""
+    """A cache of decoded samples that fills once and evicts nothing: all are used equally often."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes, self._bytes = most_bytes, 0

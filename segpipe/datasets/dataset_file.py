@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from segpipe.config.card import IGNORE, ClassInfo
 from segpipe.config.prepare import PrepareConfig
+from segpipe.config.recipe import DATASET_KEY
 from segpipe.datasets.plan import FORMAT, ShardPlan, dataset_key
 from segpipe.datasets.shards import ShardMeta
 from segpipe.datasets.statistics import Sums
 from segpipe.errors import InputError
 from segpipe.geometry.resolution import is_finer
 from segpipe.storage import Storage
-
-DATASET_KEY: Final = "dataset.json"
 
 
 def dataset_tree(

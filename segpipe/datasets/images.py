@@ -35,7 +35,7 @@ _SUFFIXES: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GTiff": "tif"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
+class _ImageHeader:
     """What the header says."""
 
     height: int
@@ -126,14 +126,14 @@ def encode_image(pixels: Array, valid: Array | None) -> tuple[bytes, str]:
     return sink.getvalue(), "png"
 
 
-def _facts(dataset: Any, where: str) -> _Facts:
+def _facts(dataset: Any, where: str) -> _ImageHeader:
     alpha = alpha_bands(dataset)
     bands = tuple(number for number in range(1, dataset.count + 1) if number not in alpha)
     dtypes = {str(dataset.dtypes[number - 1]) for number in bands}
     if len(dtypes) != 1 or not dtypes <= set(PIXEL_DTYPES):
         raise SceneError("dtype", f"its pixels are {' and '.join(sorted(dtypes))}", where, "Convert it.")
     palette = palette_of(dataset) if has_palette(dataset) else None
-    return _Facts(
+    return _ImageHeader(
         height=dataset.height,
         width=dataset.width,
         dtype=dtypes.pop(),

@@ -1,7 +1,7 @@
 """The order of training samples: a pure function of (seed, epoch, global batch). No torch, no I/O.
 
 Groups of samples (row groups) are permuted; then samples are permuted within windows of consecutive groups,
-so that a reader holds one or two windows, whatever the size of the data set. Position p of an epoch belongs
+so that a reader holds a few windows, whatever the size of the data set. Position p of an epoch belongs
 to step p // B and to lane p % B of the global batch B; worker r of w takes the lanes r, r + w, ... The short
 last batch is filled with samples from the epoch's start that count for nothing.
 """
@@ -72,14 +72,14 @@ class SampleOrder:
         low, high = np.searchsorted(starts, (first, last), side="right") - 1
         return int(low), int(high)
 
-    def window_groups_of(self, epoch: int, window: int) -> list[int]:
+    def groups_of_window(self, epoch: int, window: int) -> list[int]:
         """Numbers of a window's groups; empty after the epoch's last window."""
         order, _ = self._epoch(epoch)
         return order[window * self.window_groups : (window + 1) * self.window_groups].tolist()
 
     def groups_of_lanes(self, epoch: int, window: int, lanes: range) -> list[int]:
         """Those of a window's groups with a sample of these lanes; empty after the epoch's last window."""
-        groups = self.window_groups_of(epoch, window)
+        groups = self.groups_of_window(epoch, window)
         if not groups:
             return []
         _, starts = self._epoch(epoch)

@@ -13,7 +13,7 @@ from segpipe.datasets.layout import SampleRef
 from segpipe.errors import InputError
 
 FORMAT: Final = 1
-ENGINE_VERSION: Final = 2
+SHARD_VERSION: Final = 2
 """Raised only when the same samples give other bytes, or a default of the config changes."""
 
 _FIRST_SPLITS: Final = ("train", "val", "test")
@@ -82,7 +82,7 @@ def _recipe(config: PrepareConfig) -> dict[str, Any]:
     changes no old data set."""
     unimportant = {"cluster", "output", "sources", "licence", "limits"}
     tree = config.model_dump(mode="json", exclude=unimportant, exclude_defaults=True)
-    return {"format": FORMAT, "engine_version": ENGINE_VERSION, **tree}
+    return {"format": FORMAT, "engine_version": SHARD_VERSION, **tree}
 
 
 def _shard(number: int, refs: list[SampleRef], recipe: dict[str, Any], config: PrepareConfig) -> ShardPlan:

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from segpipe.config.card import ClassInfo
-from segpipe.datasets.dataset_file import DATASET_KEY, read_dataset
+from segpipe.config.recipe import DATASET_KEY
+from segpipe.datasets.dataset_file import read_dataset
 from segpipe.datasets.shards import ROW_GROUP_SAMPLES
 from segpipe.errors import InputError
 from segpipe.storage import open_storage

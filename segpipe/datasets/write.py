@@ -81,7 +81,7 @@ def _made(shard: ShardPlan, meta: ShardMeta, *, skipped: bool) -> ShardResult:
 
 
 def fault_of(ref: SampleRef, error: SceneError) -> Fault:
-    """The fault of one sample; its place is named where it does not follow from the sample's id."""
+    """The fault of one sample; the file is named where the sample's id does not tell it."""
     scene = ref.scene
     follows = error.where == scene.where and scene_id_of(error.where).endswith(scene.scene_id)
     place = "" if follows or not error.where else f" ({error.where})"

@@ -15,7 +15,8 @@ class EngineConfig:
 
     tile_px: int
     batch_size: int
-    """Tiles in every forward pass: a batch that is not full is computed at this size all the same."""
+    """Tiles in a batch. A GPU, or a compiled network, computes it in one forward pass of this fixed size;
+    a CPU in passes of as many tiles as make up 512 x 512 pixels."""
     threads: int = 1
     """Compute threads on CPU."""
     precision: str = "fp32"

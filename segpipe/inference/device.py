@@ -29,5 +29,5 @@ def resolve_precision(device: str) -> Precision:
 
 
 def default_batch_size(device: str) -> int:
-    """Return the number of tiles in one forward pass that ``auto`` stands for."""
+    """Return the batch size, in tiles, that ``auto`` stands for."""
     return CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH

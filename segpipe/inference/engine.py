@@ -42,7 +42,7 @@ class EngineStats:
     """What an engine has done since its start."""
 
     batches: int = 0
-    """Forward passes."""
+    """Batches that have ended, failed ones too."""
     tiles_computed: int = 0
     tiles_empty: int = 0
     busy_s: float = 0.0

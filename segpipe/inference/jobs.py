@@ -29,7 +29,7 @@ class BlockJob:
     state: Any = None
     """What the compute path keeps for this block."""
     pending: int = 0
-    """Tiles taken into a batch that has not run yet."""
+    """Tiles taken into a batch that has not ended yet."""
     exhausted: bool = False
     """No more tiles will be taken."""
     failed: bool = False

@@ -12,7 +12,7 @@ _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 _LARGEST: Final = 2**31 - 1
 _HEAP_BYTES: Final = 2**26
-"""Of one piece of an arena that is not the first."""
+"""Size of the pieces in which glibc grows every arena but the first."""
 
 
 def keep_freed_pages() -> bool:

@@ -14,8 +14,7 @@ from typing import Any, Final
 from segpipe.errors import CheckError
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.damage import explain_damage
-from segpipe.masks.plan import PlanPart, PlanScene, block_sizes_px
-from segpipe.masks.read import iter_plan
+from segpipe.masks.plan import PlanPart, PlanScene, block_sizes_px, iter_plan
 from segpipe.masks.run import plan_key
 from segpipe.storage import Storage
 from segpipe.wording import Named
@@ -23,8 +22,6 @@ from segpipe.wording import Named
 MISSING: Final = "missing"
 DAMAGED: Final = "damaged"
 SUPERSEDED: Final = "superseded"
-
-"""Most names that a list of findings keeps; the rest is counted."""
 
 _SCENES_AT_A_TIME: Final = 1000
 
@@ -42,7 +39,7 @@ _STORED_NAMES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class RunTotals:
     """What ``_SUCCESS`` says: parts, units, rows and pixels of the plan, bytes of all mask objects."""
 
     parts: int = 0
@@ -52,8 +49,8 @@ class Totals:
     """Scene pixels of all rows' windows (no-data pixels too)."""
     object_bytes: int = 0
 
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(
+    def __add__(self, other: RunTotals) -> RunTotals:
+        return RunTotals(
             self.parts + other.parts,
             self.units + other.units,
             self.rows + other.rows,
@@ -70,7 +67,7 @@ class Totals:
         return (json.dumps(self.to_tree(), indent=2) + "\n").encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> Totals:
+    def from_json(cls, data: bytes) -> RunTotals:
         """Read ``_SUCCESS``, passing over keys that this version does not know; ValueError if damaged."""
         tree = json.loads(data)
         if not isinstance(tree, dict) or any(

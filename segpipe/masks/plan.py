@@ -1,4 +1,4 @@
-"""The stored plan: one row a scene, and which blocks make a unit."""
+"""The stored plan: one row per scene, and which blocks make a unit."""
 
 from __future__ import annotations
 
@@ -133,6 +133,15 @@ def load_part(storage: Storage, part: int, facts: Facts) -> PlanPart:
     file = open_parquet(storage, plan_key(part))
     with explain_damage(storage.uri(plan_key(part))):
         return PlanPart(part, file.read(use_threads=False), facts)
+
+
+def iter_plan(storage: Storage, part: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """Iterate over the Arrow record batches of one plan part; CheckError when it is damaged."""
+    file = open_parquet(storage, plan_key(part))
+    with explain_damage(storage.uri(plan_key(part))):
+        yield from file.iter_batches(
+            batch_size=2048, columns=list(columns) if columns else None, use_threads=False
+        )
 
 
 def part_num_units(storage: Storage, part: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -14,7 +14,7 @@ from segpipe.errors import CheckError, ObjectMissing, SceneError
 from segpipe.geometry.grid import Window
 from segpipe.masks.codec import decode_mask
 from segpipe.masks.damage import damaged, explain_damage, open_parquet
-from segpipe.masks.run import plan_key, unit_key
+from segpipe.masks.run import unit_key
 from segpipe.masks.schema import COUNT_COLUMNS, FAILED
 from segpipe.storage import Storage
 
@@ -33,15 +33,6 @@ def read_columns(storage: Storage, key: str, columns: Sequence[str], size_bytes:
 def read_counts(storage: Storage, part: int, unit: int, size_bytes: int | None = None) -> Any:
     """Return the rows of one unit without their masks, as an Arrow table."""
     return read_columns(storage, unit_key(part, unit), COUNT_COLUMNS, size_bytes)
-
-
-def iter_plan(storage: Storage, part: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
-    """Iterate over the Arrow record batches of one plan part; CheckError when it is damaged."""
-    file = open_parquet(storage, plan_key(part))
-    with explain_damage(storage.uri(plan_key(part))):
-        yield from file.iter_batches(
-            batch_size=2048, columns=list(columns) if columns else None, use_threads=False
-        )
 
 
 @dataclass(frozen=True, slots=True)

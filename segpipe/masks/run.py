@@ -10,14 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from segpipe.config.card import ModelCard
-from segpipe.config.recipe import differences
+from segpipe.config.recipe import DATASET_KEY, FORMAT, RUN_KEY, differences
 from segpipe.errors import InputError, StorageError
 from segpipe.geometry.grid import Blend
-from segpipe.masks.schema import FORMAT
 from segpipe.rasters.scene_ids import RASTER_SUFFIXES, has_suffix
 from segpipe.storage import Storage
 
-RUN_KEY: Final = "run.json"
 SUCCESS_KEY: Final = "_SUCCESS"
 FAILURES_KEY: Final = "reports/failures.parquet"
 
@@ -162,7 +160,7 @@ def refuse_other_folder(storage: Storage) -> None:
     Once run.json lies there, inputs pass over the folder.
     """
     fix = "Choose another --output."
-    if storage.stat("dataset.json") is not None:
+    if storage.stat(DATASET_KEY) is not None:
         raise InputError("the output holds a prepared data set", storage.root, fix)
     first = (info.key for info in next(iter(storage.list()), []))
     if image := next((key for key in first if has_suffix(key, RASTER_SUFFIXES)), None):

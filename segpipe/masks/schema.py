@@ -1,4 +1,4 @@
-"""Arrow schemas of the two stored tables, format 1: a plan row a scene, a mask row a block.
+"""Arrow schemas of the two stored tables, format 1: a plan row per scene, a mask row per block.
 
 Columns are only ever added, nullable; readers pass over columns and statuses they do not know.
 """
@@ -12,8 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from segpipe.config.card import ClassInfo
-
-FORMAT: Final = 1
+from segpipe.config.recipe import FORMAT
 
 OK: Final = "ok"
 EMPTY: Final = "empty"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from segpipe.errors import CheckError, ObjectMissing
-from segpipe.masks.ledger import DAMAGED, MISSING, Ledger, Replacements, Totals, count_part
+from segpipe.masks.ledger import DAMAGED, MISSING, Ledger, Replacements, RunTotals, count_part
 from segpipe.masks.plan import PlanPart, load_part
 from segpipe.masks.run import (
     SUCCESS_KEY,
@@ -25,9 +25,9 @@ from segpipe.masks.run import (
     require_run,
     unit_key,
 )
-from segpipe.masks.threads import map_in_order
 from segpipe.masks.unit_check import UnitChecker, UnitReport
 from segpipe.storage import Storage
+from segpipe.threads import map_in_order
 from segpipe.wording import Named
 
 FindingKind = Literal["missing", "damaged", "unplanned"]
@@ -74,7 +74,7 @@ class Verification:
     """Objects among the masks that no part of the plan names."""
     plan_damaged: bool = False
     """Whether a part of the plan is among the damaged: its scenes cannot be told without it."""
-    totals: Totals = field(default_factory=Totals)
+    totals: RunTotals = field(default_factory=RunTotals)
     """What the plan and the listing say; ``_SUCCESS`` must say the same."""
     success: SuccessState = "absent"
     """``_SUCCESS``: outdated = of fewer parts than are planned now, and right for those."""
@@ -92,14 +92,13 @@ class Verification:
             return 4
         return 0 if self.complete else 3
 
-    def to_json(self) -> dict[str, Any]:
+    def to_tree(self) -> dict[str, Any]:
         """Return JSON-ready values: counts, first names, the ledger."""
         return {
             "run": self.root,
             "recipe_key": self.recipe_key,
             "full": self.full,
             "bytes_compared": self.bytes_compared,
-            "exit_code": self.exit_code,
             "complete": self.complete,
             "success": self.success,
             "units_checked": self.units_checked,
@@ -147,7 +146,7 @@ class _Verifier:
         self._info = info
         self._checker = UnitChecker(storage, info, full)
         self._result = Verification(storage.root, info.recipe_key, full)
-        self._whole: dict[int, Totals] = {}
+        self._whole: dict[int, RunTotals] = {}
         self._planned_units = 0
 
     def run(self) -> Verification:
@@ -213,7 +212,7 @@ class _Verifier:
                 else:
                     sizes[name[1]] = info.size_bytes
         bad = self._check_units(part, sizes, superseded)
-        total = Totals(1, count.units, count.rows, count.pixels, int(sizes[sizes != _ABSENT].sum()))
+        total = RunTotals(1, count.units, count.rows, count.pixels, int(sizes[sizes != _ABSENT].sum()))
         self._result.totals += total
         if not bad:
             self._whole[number] = total
@@ -245,7 +244,7 @@ class _Verifier:
     def _check_success(self) -> None:
         """Compare ``_SUCCESS`` with what was found of the parts that it speaks of."""
         try:
-            said = Totals.from_json(self._storage.read(SUCCESS_KEY))
+            said = RunTotals.from_json(self._storage.read(SUCCESS_KEY))
         except ObjectMissing:
             return
         except ValueError as error:
@@ -256,7 +255,7 @@ class _Verifier:
         if said.parts > self._result.parts or said.parts < 1:
             self._wrong_success(f"it speaks of {said.parts} parts, the plan has {self._result.parts}")
         elif all(number in self._whole for number in covered):
-            total = Totals()
+            total = RunTotals()
             for number in covered:
                 total += self._whole[number]
             if said != total:
@@ -272,5 +271,5 @@ def _part_of(key: str) -> int | None:
     return name[0] if name is not None and key.startswith(masks_prefix(name[0])) else None
 
 
-def _numbers(totals: Totals) -> str:
+def _numbers(totals: RunTotals) -> str:
     return ", ".join(f"{value} {name}" for name, value in totals.to_tree().items())

@@ -1,4 +1,4 @@
-"""The network families by name. A new one is a file with a ``build``, a line here and two in ``layouts``."""
+"""The network families by name. A new one is a file with a ``build``, a line here, two in ``state_keys``."""
 
 from __future__ import annotations
 

@@ -87,6 +87,6 @@ def parse_header(data: bytes, where: str) -> dict[str, Any]:
         raise InputError("the model file's header is damaged", where, _FETCH) from error
     wanted_bytes = body_start + max(ends, default=0)
     if wanted_bytes != len(data):
-        state = "is cut off" if len(data) < wanted_bytes else "has bytes too many"
+        state = "is cut off" if len(data) < wanted_bytes else "has extra bytes"
         raise InputError(f"the model file {state}: {len(data)} of {wanted_bytes} bytes", where, _FETCH)
     return dict(header)

@@ -1,6 +1,6 @@
 """The start of a training from weights that are there: our own model files, torchvision's, plain state dicts.
 
-The file's content decides what it is. What it holds is put in under the names of our families (``layouts``);
+The file's content decides what it is. What it holds is put in under our families' names (``state_keys``);
 the first layer is adapted to our bands and the last one to our classes (``adapt``); nothing else may differ.
 """
 
@@ -26,7 +26,7 @@ from segpipe.models.adapt import (
     plan_classes,
 )
 from segpipe.models.foreign import StateFile, first_keys, looks_like, read_state
-from segpipe.models.layouts import LAST_LAYERS, LAYOUTS, SAME_NETWORK, Match, best_match, match
+from segpipe.models.state_keys import KEY_MAPS, LAST_LAYERS, SAME_NETWORK, Match, best_match, match
 from segpipe.storage import read_uri, scheme_of
 from segpipe.wording import counted, few
 
@@ -117,7 +117,7 @@ def load_start(model: nn.Module, card: ModelCard, config: InitConfig) -> StartRe
     return StartReport(
         source=uri,
         sha256=digest,
-        kind=_OWN if file.card is not None else found.layout.kind,
+        kind=_OWN if file.card is not None else found.key_map.kind,
         loaded=len(filling.values),
         adapted=tuple(filling.adapted),
         fresh=tuple(name for name in names if name not in filling.values),
@@ -140,9 +140,9 @@ def _fetch(uri: str) -> bytes:
 
 
 def _match(file: StateFile, card: ModelCard, wanted: Mapping[str, Tensor], uri: str) -> Match:
-    """The file's weights under our names; an ``InputError`` where no layout fits."""
+    """The file's weights under our names; an ``InputError`` where no key map fits."""
     if file.card is None:
-        found = best_match(LAYOUTS[card.family], file.state, wanted)
+        found = best_match(KEY_MAPS[card.family], file.state, wanted)
     elif file.card.family == card.family:
         found = match(SAME_NETWORK, file.state, wanted)
     else:
@@ -216,7 +216,7 @@ def _band_plan(bands: int, found: Match, source: ModelCard | None, card: ModelCa
     names: Sequence[str] | None = None
     if source is not None:
         names = source.bands
-    elif found.layout.rgb:
+    elif found.key_map.rgb:
         names = _RGB  # blue, green, red must not get each other's weights
     return plan_bands(bands, names if names is not None and len(names) == bands else None, card.bands)
 

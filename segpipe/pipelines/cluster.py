@@ -28,7 +28,7 @@ from segpipe.masks.plan import PlanScene
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import Isolation
 from segpipe.pipelines.local import inspect_sources
-from segpipe.pipelines.resources import Hardware, Pool, this_machine
+from segpipe.pipelines.resources import Hardware, Pool, gpu_precision, this_machine
 from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
 from segpipe.rasters.scene import SceneSource
@@ -172,7 +172,7 @@ class RayExecutor:
 
 
 class PoolWorker:
-    """A worker as Ray Data sees it: a row of unit names in, a row a unit out."""
+    """A worker as Ray Data sees it: rows of unit names in, one row per unit out."""
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._fault: str | None = None
@@ -329,22 +329,8 @@ def _cluster_hardware(address: str, warn: Callable[[str], None]) -> Hardware:
 
 
 def _ask_a_gpu(warn: Callable[[str], None]) -> str:
-    call = ray.remote(num_gpus=1, num_cpus=0)(_precision_of_gpu).remote()
+    call = ray.remote(num_gpus=1, num_cpus=0)(gpu_precision).remote()
     ready, _ = ray.wait([call], timeout=_ANSWER_S)
     if not ready:
         warn("others use the cluster: no GPU has answered yet what it computes in; waiting for one")
     return str(_task_value(call))
-
-
-def _precision_of_gpu() -> str:
-    import torch
-
-    from segpipe.inference.device import resolve_precision
-
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"torch {torch.__version__} cannot use the GPU of a node",
-            os.uname().nodename,
-            "Its driver may be too old for this torch: look at `nvidia-smi` there.",
-        )
-    return resolve_precision("cuda:0")

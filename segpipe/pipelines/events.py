@@ -27,4 +27,4 @@ class Events:
         """A unit ended."""
 
     def reporting(self, done: int, total: int) -> None:
-        """``done`` of ``total`` objects are read for the reports."""
+        """``done`` of the run's ``total`` units are read for the reports."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from segpipe.config.card import ModelCard
-from segpipe.config.model import PlaceConfig, SegpipeConfig
+from segpipe.config.model import ExecutorConfig, SegpipeConfig
 from segpipe.masks.plan import PlanScene
 from segpipe.pipelines.resources import Hardware, Pool
 from segpipe.pipelines.units import PartUnits, Unit
@@ -31,24 +31,24 @@ class Executor(Protocol):
         """Compute units; results come as they end. A unit whose worker died has no result."""
 
     def isolate(self, setup: WorkerSetup, pool: Pool, units: Sequence[Unit]) -> Iterator[UnitResult]:
-        """Compute units one a call, alone in a worker; one that ends it twice is written as failed."""
+        """Compute units one by one, alone in a worker; one that ends it twice is written as failed."""
 
     def map_ordered(self, function: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
         """Apply a pure function to items, side by side, results in order, few of them held."""
 
     def busy(self, workers: int, cpus: float, gpus: int) -> str | None:
-        """Return a line where workers of so many CPUs and GPUs each must wait for the work of others."""
+        """Return a warning where the cluster has no room yet for so many workers, else None."""
 
     def close(self) -> None:
         """Stop all workers; nothing half-written stays behind."""
 
 
-def start_executor(place: PlaceConfig, warn: Callable[[str], None] = lambda _: None) -> Executor:
+def start_executor(config: ExecutorConfig, warn: Callable[[str], None] = lambda _: None) -> Executor:
     """Start the executor that the config names; ``warn`` is told what it must wait for."""
-    if place.executor == "local":
+    if config.executor == "local":
         from segpipe.pipelines.local import LocalExecutor
 
         return LocalExecutor()
     from segpipe.pipelines.cluster import RayExecutor
 
-    return RayExecutor(place.address, warn)
+    return RayExecutor(config.address, warn)

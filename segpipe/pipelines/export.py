@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -22,21 +21,19 @@ from typing import Any, Final, Literal
 import segpipe
 from segpipe.errors import CheckError, IncompleteError, InputError, ObjectMissing, StorageRefused
 from segpipe.masks.ledger import Replacements, count_part, part_scenes
-from segpipe.masks.plan import PlanPart, PlanScene, load_part
-from segpipe.masks.read import iter_plan
+from segpipe.masks.plan import PlanPart, PlanScene, iter_plan, load_part
 from segpipe.masks.run import RunInfo, done_units, list_parts, require_run
 from segpipe.masks.scene_masks import StoredUnit
 from segpipe.masks.schema import EMPTY, OK
-from segpipe.masks.threads import map_in_order
 from segpipe.rasters.cog import CogSpec, category_names, full, scratch_bytes, write_cog
 from segpipe.storage import Storage, open_storage
+from segpipe.threads import map_in_order
 from segpipe.wording import Named, counted
 
 EXPORT_FORMAT: Final = 1
 """Raised when an export of the same masks becomes another file."""
 
 _HEAD_BYTES: Final = 128 << 10  # a COG's tags lie before its tile offsets
-_MAX_WORKERS: Final = 8
 _KEY_TAG: Final = "SEGPIPE_EXPORT_KEY"
 
 SceneOutcome = Literal["exported", "already_there", "failed", "incomplete", "damaged", "conflict"]
@@ -92,9 +89,9 @@ class ExportResult:
         else:
             getattr(self, scene.outcome).add(f"{scene.scene_id}: {scene.reason}")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_tree(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        return asdict(self) | {"exit_code": self.exit_code}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ def export_run(
     *,
     scenes_glob: str | None = None,
     partial: bool = False,
-    workers: int | None = None,
+    workers: int = 2,
     on_progress: OnProgress | None = None,
     on_scene: Callable[[SceneExport], None] | None = None,
 ) -> ExportResult:
@@ -140,8 +137,7 @@ def export_run(
     done = 0
     with tempfile.TemporaryDirectory(prefix="segpipe-export-") as folder:
         exporter = _Exporter(storage, info, output, Path(folder))
-        threads = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
-        for scenes in map_in_order(exporter.export, run.tasks(), threads):
+        for scenes in map_in_order(exporter.export, run.tasks(), workers):
             for scene in scenes:
                 result.add(scene)
                 done += 1

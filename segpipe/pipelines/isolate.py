@@ -1,4 +1,4 @@
-"""Runs the units whose worker died once more, one a call, so that a death names its unit.
+"""Runs the units whose worker died once more, one by one, so that a death names its unit.
 
 Only a death of the worker itself speaks against a unit: not the loss of its node, not a kill for want of
 memory, not a connection that broke. Everything is bounded: deaths, lost workers, starts that fail, and the
@@ -31,7 +31,7 @@ DEATHS_ALONE: Final = 2
 _MAX_DEATHS: Final = DEATHS_ALONE + 3
 _MAX_LOSSES: Final = 3
 _MAX_FAILED_STARTS: Final = 3
-_PLACE_TIMEOUT_S: Final = 900.0
+_START_TIMEOUT_S: Final = 900.0
 _PROBE_TIMEOUT_S: Final = 60.0
 
 
@@ -72,7 +72,7 @@ class _Case:
 
 
 @dataclass(slots=True)
-class _Place:
+class _Slot:
     """One worker and the call it is busy with; ``case`` is None while it starts."""
 
     actor: Any
@@ -90,7 +90,7 @@ class Isolation:
             num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker or None, max_restarts=0
         )
         self._waiting = deque(_Case(unit) for unit in units)
-        self._busy: dict[Any, _Place] = {}
+        self._busy: dict[Any, _Slot] = {}
         self._failed_starts = 0
 
     def results(self) -> Iterator[UnitResult]:
@@ -98,39 +98,39 @@ class Isolation:
         try:
             self._hire()
             while self._busy:
-                ended, _ = ray.wait(list(self._busy), num_returns=1, timeout=_PLACE_TIMEOUT_S)
+                ended, _ = ray.wait(list(self._busy), num_returns=1, timeout=_START_TIMEOUT_S)
                 if not ended:
-                    self._check_places()
+                    self._check_slots()
                     continue
-                place = self._busy.pop(ended[0])
-                if place.case is None:
-                    self._started(place, ended[0])
+                slot = self._busy.pop(ended[0])
+                if slot.case is None:
+                    self._started(slot, ended[0])
                 else:
-                    yield from self._ended(place, place.case, ended[0])
+                    yield from self._ended(slot, slot.case, ended[0])
                 self._hire()
         finally:
-            for place in self._busy.values():
-                ray.kill(place.actor)
+            for slot in self._busy.values():
+                ray.kill(slot.actor)
 
     def _hire(self) -> None:
         """Start workers for units that have none."""
-        starting = sum(place.case is None for place in self._busy.values())
+        starting = sum(slot.case is None for slot in self._busy.values())
         while len(self._busy) < self._workers and starting < len(self._waiting):
             actor = self._actor.remote(self._setup)
-            self._busy[actor.begin.remote()] = _Place(actor)
+            self._busy[actor.begin.remote()] = _Slot(actor)
             starting += 1
 
-    def _check_places(self) -> None:
-        if all(place.case is None for place in self._busy.values()):
+    def _check_slots(self) -> None:
+        if all(slot.case is None for slot in self._busy.values()):
             raise IncompleteError(
-                f"no worker could be started for {_PLACE_TIMEOUT_S:.0f} s",
+                f"no worker could be started for {_START_TIMEOUT_S:.0f} s",
                 self._setup.run_uri,
                 "Look at the cluster's nodes; the same command goes on where this one stopped.",
             )
 
-    def _started(self, place: _Place, call: Any) -> None:
+    def _started(self, slot: _Slot, call: Any) -> None:
         try:
-            place.node_id, fault = ray.get(call)
+            slot.node_id, fault = ray.get(call)
         except RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
@@ -142,20 +142,20 @@ class Isolation:
             return
         self._failed_starts = 0
         if fault:
-            ray.kill(place.actor)
+            ray.kill(slot.actor)
             raise decode_fault(fault)
-        self._next(place)
+        self._next(slot)
 
-    def _next(self, place: _Place) -> None:
+    def _next(self, slot: _Slot) -> None:
         """Give the worker its next unit, or let it go."""
         if not self._waiting:
-            ray.kill(place.actor)
+            ray.kill(slot.actor)
             return
-        case = place.case = self._waiting.popleft()
-        method = place.actor.write_failed if case.deaths >= DEATHS_ALONE else place.actor.run
-        self._busy[method.remote(*case.unit)] = place
+        case = slot.case = self._waiting.popleft()
+        method = slot.actor.write_failed if case.deaths >= DEATHS_ALONE else slot.actor.run
+        self._busy[method.remote(*case.unit)] = slot
 
-    def _ended(self, place: _Place, case: _Case, call: Any) -> Iterator[UnitResult]:
+    def _ended(self, slot: _Slot, case: _Case, call: Any) -> Iterator[UnitResult]:
         try:
             result = ray.get(call)
         except RayTaskError as error:  # the worker lives: storage that fails, or a bug of ours
@@ -170,21 +170,21 @@ class Isolation:
                 bug=not isinstance(cause, SegpipeError),
             )
         except RayError as error:
-            yield from self._lost(place, case, error)
+            yield from self._lost(slot, case, error)
             return
         else:
             yield result
-        self._next(place)
+        self._next(slot)
 
-    def _lost(self, place: _Place, case: _Case, error: RayError) -> Iterator[UnitResult]:
+    def _lost(self, slot: _Slot, case: _Case, error: RayError) -> Iterator[UnitResult]:
         """Book a call whose worker is gone, and give the unit another try while it may have one."""
-        error = _settled(place.actor, error)
-        ray.kill(place.actor)
+        error = _settled(slot.actor, error)
+        ray.kill(slot.actor)
         if isinstance(error, OutOfMemoryError):
             reason = "its worker was ended because the node ran out of memory"
             yield UnitResult(*case.unit, "deferred", error=reason)
             return
-        if died_alone(error, place.node_id, _living_nodes):
+        if died_alone(error, slot.node_id, _living_nodes):
             case.deaths += 1
         else:
             case.losses += 1

@@ -8,12 +8,12 @@ from typing import TypeVar
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
 from segpipe.masks.plan import PlanScene
-from segpipe.masks.threads import map_in_order
 from segpipe.pipelines.plan import inspect_source
 from segpipe.pipelines.resources import Pool, this_machine
 from segpipe.pipelines.units import PartUnits, Unit
 from segpipe.pipelines.worker import UnitResult, Worker, WorkerSetup
 from segpipe.rasters.scene import SceneSource
+from segpipe.threads import map_in_order
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")

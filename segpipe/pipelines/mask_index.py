@@ -6,7 +6,8 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Final
 
-from segpipe.masks.read import SceneUnits, iter_plan
+from segpipe.masks.plan import iter_plan
+from segpipe.masks.read import SceneUnits
 from segpipe.masks.run import list_parts
 from segpipe.rasters.scene import SceneSource
 from segpipe.storage import Storage

@@ -13,11 +13,11 @@ from segpipe.errors import CheckError, ObjectMissing, SceneError
 from segpipe.geometry.resolution import choose_downsample, is_coarser
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.damage import explain_damage, open_parquet
-from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_part
-from segpipe.masks.read import SceneUnits, iter_plan
+from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_part, iter_plan
+from segpipe.masks.read import SceneUnits
 from segpipe.masks.run import FAILURES_KEY, Facts, list_parts, plan_key
 from segpipe.pipelines.events import Events
-from segpipe.rasters.band_names import are_others
+from segpipe.rasters.band_names import contradict
 from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_list import SceneList
@@ -46,7 +46,7 @@ def inspect_source(source: SceneSource, config: SegpipeConfig, card: ModelCard) 
     asked = config.inference.downsample
     factor = choose_downsample(card.pixel_m, header.pixel_m) if asked == "auto" else asked
     coarser = is_coarser(card.pixel_m, header.pixel_m)
-    names = header.band_names if are_others(header.band_names, card.bands) else None
+    names = header.band_names if contradict(header.band_names, card.bands) else None
     return PlanScene(source, header, factor, coarser, bands_named=names)
 
 
@@ -55,7 +55,6 @@ class PlanTotals:
     """What a plan amounts to; the numbers of ``--dry-run``."""
 
     scenes: int = 0
-    failed: int = 0
     failed_kinds: dict[str, int] = field(default_factory=dict)
     units: int = 0
     blocks: int = 0
@@ -74,7 +73,6 @@ class PlanTotals:
         self.source_bytes += scene.source.length or scene.source.version.size_bytes
         header, grid = scene.header, scene.grid(facts)
         if header is None or grid is None:
-            self.failed += 1
             kind = scene.error_kind or "header"
             self.failed_kinds[kind] = self.failed_kinds.get(kind, 0) + 1
             self.blocks += 1

@@ -15,19 +15,17 @@ from typing import Any
 import numpy as np
 
 from segpipe.config.card import ModelCard
-from segpipe.config.model import SegpipeConfig, as_tree
+from segpipe.config.model import SegpipeConfig
 from segpipe.config.recipe import masks_recipe, recipe, recipe_key
 from segpipe.errors import ConfigError, InputError, StorageError, nothing_written
 from segpipe.inference.memory import return_freed_pages
-from segpipe.masks.plan import PART_SCENES, PlanScene, part_num_units
-from segpipe.masks.read import iter_plan
+from segpipe.masks.plan import PART_SCENES, PlanScene, iter_plan
 from segpipe.masks.run import (
     SUCCESS_KEY,
     Facts,
     RunInfo,
     adopt,
     adopt_or_create,
-    done_units,
     list_parts,
     read_run,
     refuse_other_folder,
@@ -49,8 +47,8 @@ from segpipe.pipelines.resources import (
     resolve_facts,
     units_per_task,
 )
-from segpipe.pipelines.units import PartUnits, Unit
-from segpipe.pipelines.worker import WorkerSetup
+from segpipe.pipelines.units import PartUnits, Unit, missing_units
+from segpipe.pipelines.worker import UnitResult, WorkerSetup
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene import SceneSource
@@ -118,7 +116,6 @@ class DryRun:
     """Of the scenes that are planned already: what is still to be computed."""
     facts: Facts
     pool: Pool
-    hardware: Hardware
 
 
 def make_job(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
@@ -235,7 +232,7 @@ def plan_job(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
                 events.planned(done, total)
             _announce(totals, scenes, info.card, events)
             left = sum(map(len, missing_units(storage)[0]))
-            return DryRun(totals, scenes.num_known, left, info.facts, pool, hardware)
+            return DryRun(totals, scenes.num_known, left, info.facts, pool)
     finally:
         executor.close()
 
@@ -276,7 +273,7 @@ def _run_info(job: Job, facts: Facts) -> RunInfo:
         facts=facts,
         card=job.card,
         model_sha256=job.model_sha256,
-        config=as_tree(job.config),
+        config=job.config.model_dump(mode="json"),
         versions=versions_of(_PACKAGES),
         masks_uri=job.masks_uri,
     )
@@ -349,7 +346,7 @@ def _still_missing(storage: Storage, before: Sequence[PartUnits]) -> Iterator[Un
             yield from PartUnits(units.part, np.intersect1d(units.units, own[units.part]))
 
 
-def _consume(results: Iterator[Any], outcome: Outcome, events: Events) -> set[Unit]:
+def _consume(results: Iterable[UnitResult], outcome: Outcome, events: Events) -> set[Unit]:
     """Count results; a fault that would stop every unit ends the run here."""
     deferred: set[Unit] = set()
     for result in results:
@@ -369,20 +366,6 @@ def _consume(results: Iterator[Any], outcome: Outcome, events: Events) -> set[Un
                 result.error.removesuffix("."), fix="" if "same command" in result.error else goes_on
             )
     return deferred
-
-
-def missing_units(storage: Storage) -> tuple[list[PartUnits], int]:
-    """Return the planned units without an object, and how many units are planned."""
-    missing: list[PartUnits] = []
-    total = 0
-    for part in list_parts(storage):
-        num_units = part_num_units(storage, part)
-        done = done_units(storage, part, num_units)
-        absent = np.flatnonzero(np.frombuffer(done, np.uint8) == 0).astype(np.int32)
-        if len(absent):
-            missing.append(PartUnits(part, absent))
-        total += num_units
-    return missing, total
 
 
 def _mean_unit_px(storage: Storage, info: RunInfo) -> float:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from segpipe.config.prepare import PrepareConfig
-from segpipe.datasets.dataset_file import DATASET_KEY, dataset_tree, read_dataset, to_json, with_licence
+from segpipe.config.recipe import DATASET_KEY, RUN_KEY
+from segpipe.datasets.dataset_file import dataset_tree, read_dataset, to_json, with_licence
 from segpipe.datasets.layout import LEFT_OUT, Layout, SampleRef
 from segpipe.datasets.layouts import make_layout
 from segpipe.datasets.plan import ShardPlan, dataset_key, plan_shards
@@ -16,7 +17,6 @@ from segpipe.datasets.shards import ShardMeta
 from segpipe.datasets.write import Fault, ShardTask, fault_of, make_shard, of_another_kind
 from segpipe.errors import ConfigError, InputError, SceneError, nothing_written
 from segpipe.geometry.resolution import MAX_DOWNSAMPLE, is_coarser, is_finer
-from segpipe.masks.run import RUN_KEY
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.executor import Executor, start_executor
 from segpipe.pipelines.local import LocalExecutor
@@ -51,7 +51,7 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
     try:
         with nothing_written():
             shards, left_out = _plan(config, layout, executor)
-            there = _look_at_output(storage, shards)
+            there = _existing_dataset(storage, shards)
         if there is not None:
             again = _replace_lost(storage, config, layout, shards, executor, events)
             return Prepared(config.output, _adopted(storage, config, there, again, events), again)
@@ -78,7 +78,7 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
         events.warning(f"splits without a sample: {few(empty)}{hint}")
     _warn_of_pixel_sizes(config, tree, events)
     if not storage.put_if_absent(DATASET_KEY, to_json(tree)):
-        tree = _adopted(storage, config, _look_at_output(storage, shards) or tree, written, events)
+        tree = _adopted(storage, config, _existing_dataset(storage, shards) or tree, written, events)
     return Prepared(config.output, tree, written)
 
 
@@ -174,7 +174,7 @@ def _samples(layout: Layout, executor: Executor, where: str) -> Iterator[SampleR
     _refuse(faulty, "scene", where, "Then run the same command again.")
 
 
-def _look_at_output(storage: Storage, shards: Sequence[ShardPlan]) -> dict[str, Any] | None:
+def _existing_dataset(storage: Storage, shards: Sequence[ShardPlan]) -> dict[str, Any] | None:
     """The finished data set that is there; None = it is to be made. InputError for another one."""
     there = read_dataset(storage)
     if there is not None:

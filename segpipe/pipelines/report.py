@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from segpipe.errors import StorageFull
-from segpipe.masks.ledger import Replacements, Totals
-from segpipe.masks.plan import load_part, part_num_units
-from segpipe.masks.read import iter_plan, read_counts
+from segpipe.masks.ledger import Replacements, RunTotals
+from segpipe.masks.plan import iter_plan, load_part, part_num_units
+from segpipe.masks.read import read_counts
 from segpipe.masks.run import FAILURES_KEY, SUCCESS_KEY, RunInfo, index_key, list_parts, list_units, unit_key
 from segpipe.masks.schema import INDEX_FIELDS
 from segpipe.pipelines.events import Events
@@ -31,7 +31,7 @@ from segpipe.reports.tables import BufferedWriter, ReportBuilder, Reports, parqu
 from segpipe.reports.totals import Planned
 from segpipe.storage import Storage, open_storage
 
-_UNITS_PER_RANGE: Final = 64
+_UNITS_PER_CHUNK: Final = 64
 _ROWS_AT_ONCE: Final = 1024
 _NO_OBJECT: Final = -1
 _SCENE_COLUMNS: Final = ("downsample", "pixel_m", "coarser_than_model")
@@ -39,7 +39,7 @@ _INDEX_SCHEMA: Final = pa.schema(INDEX_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
-class UnitRange:
+class UnitChunk:
     """A few units of one part, with the sizes of their objects, that one task reads."""
 
     run_uri: str
@@ -82,14 +82,18 @@ def _make_reports(
     storage: Storage, info: RunInfo, parts: Sequence[int], executor: Executor, events: Events
 ) -> Made:
     replacements = Replacements(storage, parts)
-    totals, num_planned = Totals(), 0
+    totals = RunTotals()
     with _scratch_file() as scenes_file, _scratch_file() as failures_file:
         builder = ReportBuilder(info.card.classes, scenes_file, failures_file)
         try:
-            for part in parts:
-                num_units = part_num_units(storage, part)
-                totals += _report_part(storage, part, num_units, replacements, builder, executor, events)
-                num_planned += num_units
+            num_units = {part: part_num_units(storage, part) for part in parts}
+            num_planned = sum(num_units.values())
+
+            def progress(done: int) -> None:
+                events.reporting(totals.units + done, num_planned)
+
+            for part, units in num_units.items():
+                totals += _report_part(storage, part, units, replacements, builder, executor, progress)
             missing = num_planned - totals.units
             complete = num_planned > 0 and not missing
             planned = None if complete else _planned(storage, info, parts, replacements)
@@ -119,35 +123,35 @@ def _report_part(
     replacements: Replacements,
     builder: ReportBuilder,
     executor: Executor,
-    events: Events,
-) -> Totals:
+    progress: Callable[[int], None],
+) -> RunTotals:
     """Read one part's objects into its index and the score tables, and return what they amount to."""
     replaced = pa.array(sorted(replacements.of(part)), pa.string())
-    totals = Totals(parts=1)
+    totals = RunTotals(parts=1)
     with _scratch_file() as index:
         # Closed in any case: a writer that outlives its file complains at the end of the process.
         with closing(BufferedWriter(index, _INDEX_SCHEMA)) as writer:
-            for read in gathered(executor.map_ordered(read_range, unit_ranges(storage, part, num_units))):
+            for read in gathered(executor.map_ordered(read_chunk, unit_chunks(storage, part, num_units))):
                 rows = read.rows
                 writer.write(rows.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA))
                 builder.add(_current(rows, replaced))
                 pixels = pc.sum(pc.multiply(rows["height"].cast(pa.int64()), rows["width"])).as_py()
-                totals += Totals(0, read.num_units, rows.num_rows, pixels or 0, read.num_bytes)
-                events.reporting(totals.units, num_units)
+                totals += RunTotals(0, read.num_units, rows.num_rows, pixels or 0, read.num_bytes)
+                progress(totals.units)
         _put_scratch(storage, index_key(part), index)
     return totals
 
 
-def unit_ranges(storage: Storage, part: int, num_units: int) -> Iterator[UnitRange]:
+def unit_chunks(storage: Storage, part: int, num_units: int) -> Iterator[UnitChunk]:
     """Iterate over the units of a part that have an object, in plan order, some at a time.
 
     The listing is over before the first is read: a store may hold all names of a folder for it.
     """
     sizes = _object_sizes(storage, part, num_units)
     units = np.flatnonzero(sizes != _NO_OBJECT)
-    for start in range(0, len(units), _UNITS_PER_RANGE):
-        some = units[start : start + _UNITS_PER_RANGE]
-        yield UnitRange(storage.root, part, tuple(zip(some.tolist(), sizes[some].tolist(), strict=True)))
+    for start in range(0, len(units), _UNITS_PER_CHUNK):
+        some = units[start : start + _UNITS_PER_CHUNK]
+        yield UnitChunk(storage.root, part, tuple(zip(some.tolist(), sizes[some].tolist(), strict=True)))
 
 
 def _object_sizes(storage: Storage, part: int, num_units: int) -> np.ndarray[Any, Any]:
@@ -161,7 +165,7 @@ def _object_sizes(storage: Storage, part: int, num_units: int) -> np.ndarray[Any
 
 
 @dataclass(frozen=True, slots=True)
-class RangeRows:
+class ChunkRows:
     """The index rows of some units, with the plan's facts of each scene joined on."""
 
     rows: Any
@@ -169,13 +173,13 @@ class RangeRows:
     num_bytes: int
 
 
-def gathered(reads: Iterable[RangeRows]) -> Iterator[RangeRows]:
+def gathered(reads: Iterable[ChunkRows]) -> Iterator[ChunkRows]:
     """Join neighbours of few rows, so that what is held of them costs their bytes and little more.
 
     A table costs the driver 100 kB whatever its rows, in the objects of its columns and in the memory of Ray
     that its buffers keep from being reused.
     """
-    waiting: list[RangeRows] = []
+    waiting: list[ChunkRows] = []
     for read in reads:
         waiting.append(read)
         if sum(one.rows.num_rows for one in waiting) >= _ROWS_AT_ONCE:
@@ -185,14 +189,14 @@ def gathered(reads: Iterable[RangeRows]) -> Iterator[RangeRows]:
         yield _gather(waiting)
 
 
-def _gather(reads: Sequence[RangeRows]) -> RangeRows:
+def _gather(reads: Sequence[ChunkRows]) -> ChunkRows:
     if len(reads) == 1:
         return reads[0]
     rows = pa.concat_tables([read.rows for read in reads], promote_options="permissive").combine_chunks()
-    return RangeRows(rows, sum(read.num_units for read in reads), sum(read.num_bytes for read in reads))
+    return ChunkRows(rows, sum(read.num_units for read in reads), sum(read.num_bytes for read in reads))
 
 
-def read_range(item: UnitRange) -> RangeRows:
+def read_chunk(item: UnitChunk) -> ChunkRows:
     """Read the rows of some units, without their masks."""
     storage = open_storage(item.run_uri)
     tables = []
@@ -202,12 +206,12 @@ def read_range(item: UnitRange) -> RangeRows:
         table = table.append_column("object", pa.repeat(pa.scalar(key, pa.string()), table.num_rows))
         table = table.append_column("object_bytes", pa.repeat(pa.scalar(size, pa.int64()), table.num_rows))
         tables.append(table)
-    # Whole columns: a chunk a unit and column costs the driver a hundred times what its few rows do.
+    # Whole columns: one chunk per unit and column costs the driver a hundred times what its few rows do.
     rows = _join_plan(pa.concat_tables(tables), storage, item).combine_chunks()
-    return RangeRows(rows, len(item.units), sum(size for _, size in item.units))
+    return ChunkRows(rows, len(item.units), sum(size for _, size in item.units))
 
 
-def _join_plan(rows: Any, storage: Storage, item: UnitRange) -> Any:
+def _join_plan(rows: Any, storage: Storage, item: UnitChunk) -> Any:
     first, last = item.units[0][0], item.units[-1][0]
     columns = ("scene_id", "first_unit", "units", *_SCENE_COLUMNS)
     batches = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from segpipe.config.card import ModelCard
 from segpipe.config.model import SegpipeConfig
-from segpipe.errors import ConfigError
+from segpipe.errors import ConfigError, InputError
 from segpipe.inference.defaults import CPU_BATCH, CUDA_BATCH
 from segpipe.masks.run import Facts
 
@@ -23,9 +23,18 @@ _CUT_FACTS = ("block_px", "unit_px")
 _ALL_FACTS = (*_CUT_FACTS, "tile_px", "margin_px", "blend", "batch_size", "precision", "compile")
 
 
-def _gpu_precision() -> str:
+def gpu_precision() -> str:
+    """Return what ``precision: auto`` means on the GPU here. Raises InputError where torch cannot use it."""
+    import torch
+
     from segpipe.inference.device import resolve_precision
 
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"torch {torch.__version__} cannot use the GPU of a node",
+            os.uname().nodename,
+            "Its driver may be too old for this torch: look at `nvidia-smi` there.",
+        )
     return resolve_precision("cuda:0")
 
 
@@ -37,7 +46,7 @@ class Hardware:
     cpus: int
     """CPUs of all nodes together."""
     gpus: int
-    gpu_precision: Callable[[], str] = _gpu_precision
+    gpu_precision: Callable[[], str] = gpu_precision
     """Asks a GPU what ``precision: auto`` means on it; on a cluster this may wait for the work of others."""
     cpus_per_node: int = 0
     """Fewest CPUs of a node that may hold a worker; 0 = ``cpus``."""
@@ -76,7 +85,7 @@ def this_machine() -> Hardware:
 def plan_pool(hardware: Hardware, config: SegpipeConfig) -> Pool:
     """Size the worker pool so that planning and report tasks always find a free CPU.
 
-    One worker a GPU where there are any, else one a node. n workers reserve (CPUs - 1) / n each, so that
+    One worker per GPU where there are any, else one per node. n workers reserve (CPUs - 1) / n each, so that
     the pool can never starve the tasks that feed it. Raises ConfigError for more workers than GPUs.
     """
     cluster = config.cluster

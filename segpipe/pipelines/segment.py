@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,19 +15,12 @@ from segpipe.inference.result import BlockResult
 from segpipe.masks.plan import PlanScene
 from segpipe.masks.read import MaskReader
 from segpipe.masks.run import RunInfo
+from segpipe.pipelines.per_thread import PerThread
 from segpipe.rasters.reader import SceneReader, open_scene
 from segpipe.storage import open_storage, read_uri
 
 if TYPE_CHECKING:
     from segpipe.inference.engine import Engine
-
-Value = TypeVar("Value")
-Result = TypeVar("Result")
-
-# Two: the scene being read, and the one before it whose last block may be asked for again.
-_OPEN_PER_THREAD = 2
-
-_UNREAD = ("header", "decode", "valid_mask", "label_read")
 
 
 class BlockSource(Protocol):
@@ -49,52 +39,6 @@ class BlockSource(Protocol):
         """Raise, as one of our errors, what keeps this source from computing any block."""
 
     def close(self) -> None: ...
-
-
-class PerThread(Generic[Value]):
-    """Keeps the last few opened things of each thread: readers must not be shared between threads."""
-
-    def __init__(self, close: Callable[[Value], None] | None = None) -> None:
-        self._local = threading.local()
-        self._close = close
-
-    def get(self, key: str, opener: Callable[[], Value]) -> Value:
-        opened: OrderedDict[str, Value] | None = getattr(self._local, "opened", None)
-        if opened is None:
-            opened = self._local.opened = OrderedDict()
-        if key in opened:
-            opened.move_to_end(key)
-            return opened[key]
-        while len(opened) >= _OPEN_PER_THREAD:
-            _, old = opened.popitem(last=False)
-            if self._close is not None:
-                self._close(old)
-        value = opened[key] = opener()
-        return value
-
-    def use(self, key: str, opener: Callable[[], Value], action: Callable[[Value], Result]) -> Result:
-        """Return what ``action`` gives of the opened thing; one that fails is closed.
-
-        One whose file could not be read is opened anew, once: a network file system gives up open files.
-        """
-        try:
-            return self._use(key, opener, action)
-        except SceneError as error:
-            if error.kind not in _UNREAD:
-                raise
-        return self._use(key, opener, action)
-
-    def _use(self, key: str, opener: Callable[[], Value], action: Callable[[Value], Result]) -> Result:
-        try:
-            return action(self.get(key, opener))
-        except BaseException:
-            self._drop(key)
-            raise
-
-    def _drop(self, key: str) -> None:
-        value = getattr(self._local, "opened", {}).pop(key, None)
-        if value is not None and self._close is not None:
-            self._close(value)
 
 
 class EngineSource:

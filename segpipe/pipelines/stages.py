@@ -14,7 +14,7 @@ from segpipe.masks.codec import encode_mask
 from segpipe.masks.plan import PlanScene
 from segpipe.masks.write import Counts, Row, mask_row
 from segpipe.metrics.counts import class_counts, confusion, to_pairs
-from segpipe.pipelines.segment import PerThread
+from segpipe.pipelines.per_thread import PerThread
 from segpipe.rasters.georeference import footprint
 from segpipe.rasters.labels import LabelReader, open_label
 

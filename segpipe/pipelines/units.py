@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from segpipe.masks.plan import part_num_units
+from segpipe.masks.run import done_units, list_parts
+from segpipe.storage import Storage
+
 Unit = tuple[int, int]
 """(part, unit)."""
 
@@ -28,3 +34,17 @@ class PartUnits:
         """Cut into pieces of at most ``size`` units."""
         for start in range(0, len(self.units), size):
             yield PartUnits(self.part, self.units[start : start + size])
+
+
+def missing_units(storage: Storage) -> tuple[list[PartUnits], int]:
+    """Return the planned units without an object, and how many units are planned."""
+    missing: list[PartUnits] = []
+    total = 0
+    for part in list_parts(storage):
+        num_units = part_num_units(storage, part)
+        done = done_units(storage, part, num_units)
+        absent = np.flatnonzero(np.frombuffer(done, np.uint8) == 0).astype(np.int32)
+        if len(absent):
+            missing.append(PartUnits(part, absent))
+        total += num_units
+    return missing, total

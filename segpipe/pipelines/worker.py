@@ -1,4 +1,4 @@
-"""One worker: read threads -> engine -> encode threads -> one object a unit. No Ray here.
+"""One worker: read threads -> engine -> encode threads -> one object per unit. No Ray here.
 
 Pixels never leave the worker; memory is a constant number of blocks (``_Budget``). Every executor runs
 this class, so what it computes does not depend on who called it.
@@ -59,12 +59,9 @@ class UnitResult:
     status: str
     skipped: bool = False
     """The object was there before."""
-    blocks: int = 0
     failed: int = 0
     scene_px: int = 0
     area_m2: float = 0.0
-    tiles: int = 0
-    tiles_empty: int = 0
     error: str = ""
     fatal: bool = False
     """Deferred by something that will stop every unit: storage that refuses, a full disk."""
@@ -173,7 +170,7 @@ class Worker:
             base = base_row(scene, part, unit)
             rows.append(failed_row(base, block.window if block else None, kind, error, None))
         self._storage.put_if_absent(unit_key(part, unit), encode_unit(rows, self._schema))
-        return UnitResult(part, unit, "done", blocks=len(rows), failed=len(rows), error=error)
+        return UnitResult(part, unit, "done", failed=len(rows), error=error)
 
     def _part(self, part: int) -> PlanPart:
         with self._parts_lock:
@@ -191,7 +188,7 @@ class Worker:
             blocks = list(_blocks_of(self._part(part).unit(unit)))
         except StorageError as error:
             return _resolved(_deferred(UnitResult(part, unit, "deferred"), error))
-        result = UnitResult(part, unit, "done", blocks=len(blocks))
+        result = UnitResult(part, unit, "done")
         for scene, block in blocks:
             if block is not None:
                 result.scene_px += block.window.num_px
@@ -247,9 +244,6 @@ class Worker:
         try:
             segmented = done.result()
             row = finish_block(base, scene, block, segmented, self._labels, keep_mask=self._source.keeps_mask)
-            with task.lock:
-                task.result.tiles += segmented.tiles_computed
-                task.result.tiles_empty += segmented.tiles_empty
         except SceneError as error:
             label_px = label_pixels(scene, block, self._labels)
             row = failed_row(base, block.window, error.kind, str(error), label_px)

@@ -25,7 +25,7 @@ def band_names(dataset: Any, bands: Sequence[int]) -> tuple[str, ...]:
     return tuple(_colour(descriptions[number - 1]) or _colour(meanings[number - 1].name) for number in bands)
 
 
-def are_others(names: Sequence[str], wanted: Sequence[str]) -> bool:
+def contradict(names: Sequence[str], wanted: Sequence[str]) -> bool:
     """Whether bands called ``names`` are surely not the model's ``wanted``, each in its place.
 
     They are where all that is wanted are colours, and ``names`` are the same in another order, or one of them

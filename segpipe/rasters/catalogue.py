@@ -16,11 +16,11 @@ from segpipe.rasters.catalogue_file import CatalogueFile, CatalogueRow, open_cat
 from segpipe.rasters.listing import (
     Input,
     below,
+    classify_input,
     is_run_file,
     is_scene_file,
     list_file_lines,
     list_objects,
-    look_at,
 )
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import (
@@ -288,7 +288,7 @@ _NOTHING_HINTS: Final = {
     "listing": "Scenes end with .tif, .tiff, .png, .jpg, .jpeg, .webp, .tar or .parquet; hidden files and "
     "the output are passed over.",
     "list_file": "Write one path or URI a line.",
-    "catalogue": "Write one row a scene.",
+    "catalogue": "Write one row per scene.",
     "object": "",
 }
 
@@ -296,7 +296,7 @@ _NOTHING_HINTS: Final = {
 def _look_at_all(texts: Sequence[str]) -> list[Input]:
     """Look at all inputs, several at a time. Raises ``InputError`` that counts those that are not there."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(look_at, texts))
+        found = list(pool.map(classify_input, texts))
     absent = [text for text, source in zip(texts, found, strict=True) if source is None]
     if absent:
         what = f"no such file, or a folder or prefix with nothing in it: {few(list(map(printable, absent)))}"

@@ -51,7 +51,7 @@ def of_affine(dataset: Any) -> Located:
     return (None, None) if transform is None else (_crs_text(dataset), transform)
 
 
-def are_different(one: str, other: str) -> bool:
+def systems_differ(one: str, other: str) -> bool:
     """Whether two systems, as `Located` writes them, are known to differ: both have an EPSG code."""
     if one == other or not (one.startswith("EPSG:") and other.startswith("EPSG:")):
         return False

@@ -17,7 +17,7 @@ from segpipe.rasters.band_names import band_names
 from segpipe.rasters.driver import Raster, faults_as, open_raster, open_raster_bytes
 from segpipe.rasters.palette import has_palette
 from segpipe.rasters.scene import SceneHeader, SceneSource
-from segpipe.rasters.validity import NAMED_RULES, ValidityRule, alpha_bands, find_rule
+from segpipe.rasters.validity import ValidityRule, alpha_bands, find_rule
 from segpipe.wording import counted
 
 MAX_SIDE_PX: Final = 1 << 22
@@ -79,8 +79,8 @@ def is_palette(header: SceneHeader, config: InputConfig) -> bool:
 
 
 def uses_sidecar(source: SceneSource, config: InputConfig) -> bool:
-    """A mask beside the scene counts: under ``auto`` and under a template."""
-    return source.valid_uri is not None and config.valid not in NAMED_RULES[1:]
+    """Whether a mask beside the scene is used: with ``auto``, or with a template."""
+    return source.valid_uri is not None and config.valid not in ("none", "nodata", "alpha")
 
 
 def open_sidecar(source: SceneSource, height: int, width: int, limits: LimitsConfig) -> Raster:

@@ -96,7 +96,7 @@ def parse_label_map(label_map: Mapping[str, int], num_classes: int) -> tuple[dic
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
+class _LabelHeader:
     """What the label's header says."""
 
     height: int
@@ -127,7 +127,7 @@ class _Decoder:
 class LabelReader:
     """Reads windows of one open label; one thread at a time. Made by `open_label`."""
 
-    def __init__(self, raster: Raster, facts: _Facts, decoder: _Decoder) -> None:
+    def __init__(self, raster: Raster, facts: _LabelHeader, decoder: _Decoder) -> None:
         self._raster = raster
         self._facts = facts
         self._decoder = decoder
@@ -206,7 +206,7 @@ def _open(source: SceneSource) -> Raster:
     return open_raster_bytes(data, f"{source.where} (label)")
 
 
-def _facts(dataset: Any) -> _Facts:
+def _facts(dataset: Any) -> _LabelHeader:
     alpha = next(iter(alpha_bands(dataset)), None)
     flags = set(dataset.mask_flag_enums[0])
     palette = None
@@ -217,7 +217,7 @@ def _facts(dataset: Any) -> _Facts:
         for index, (red, green, blue, opacity) in colours.items():
             codes[index] = _NO_TRUTH if opacity == 0 else red << 16 | green << 8 | blue
         palette = tuple(codes)
-    return _Facts(
+    return _LabelHeader(
         height=dataset.height,
         width=dataset.width,
         count=dataset.count - (alpha is not None),
@@ -230,13 +230,13 @@ def _facts(dataset: Any) -> _Facts:
     )
 
 
-def _check_place(facts: _Facts, located: Located, where: str) -> None:
+def _check_place(facts: _LabelHeader, located: Located, where: str) -> None:
     """Raise `SceneError` ``label_size`` for a label that lies elsewhere than the scene."""
     (crs, transform), (own_crs, own_transform) = located, facts.located
     if crs is None or transform is None or own_crs is None or own_transform is None:
         return
     systems = ""
-    if georeference.are_different(crs, own_crs):  # maybe in name alone: ETRS89 and WGS84
+    if georeference.systems_differ(crs, own_crs):  # maybe in name alone: ETRS89 and WGS84
         size = facts.height, facts.width
         transform, own_transform = (georeference.in_lonlat(each, *size) for each in (located, facts.located))
         if transform is None or own_transform is None:
@@ -252,7 +252,7 @@ def _check_place(facts: _Facts, located: Located, where: str) -> None:
 
 
 def _decoder(
-    facts: _Facts,
+    facts: _LabelHeader,
     value_map: dict[int, int],
     colour_map: dict[int, int],
     classes: Sequence[ClassInfo],
@@ -296,7 +296,7 @@ def _value_decoder(dtype: Any, mapping: dict[int, int], nodata: float | None) ->
 
 
 def _colour_decoder(
-    facts: _Facts,
+    facts: _LabelHeader,
     value_map: dict[int, int],
     colour_map: dict[int, int],
     classes: Sequence[ClassInfo],

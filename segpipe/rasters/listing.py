@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from segpipe.config.recipe import RUN_KEY
 from segpipe.errors import InputError, ObjectMissing
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import RASTER_SUFFIXES, SHARD_SUFFIXES, has_suffix
@@ -18,7 +19,6 @@ from segpipe.rasters.templates import without_dots
 from segpipe.storage import ObjectInfo, Storage, join_uri, open_object, open_storage, scheme_of, split_uri
 
 SCENE_SUFFIXES: Final = RASTER_SUFFIXES + SHARD_SUFFIXES
-RUN_FILE: Final = "run.json"
 """The file that makes a folder the output of a run."""
 _RUN_FILE_BYTES: Final = 1 << 24
 
@@ -39,7 +39,7 @@ class Input:
     prefix: str = ""
     """What the keys of a listing begin with."""
     matches: Callable[[str], bool] = lambda key: True
-    """Whether a key of a listing is meant."""
+    """Whether the glob matches a key of the listing."""
     any_suffix: bool = False
     """The user typed the suffix, so that others than the known ones are taken too."""
 
@@ -48,7 +48,7 @@ class Input:
         return join_uri(self.base, self.key)
 
 
-def look_at(text: str) -> Input | None:
+def classify_input(text: str) -> Input | None:
     """Find out what an INPUT is, by its name and by asking the store; None = nothing is there."""
     if not text.strip():
         raise InputError("an empty input", "inputs", "Name a file, a folder, a glob or a URI.")
@@ -164,7 +164,7 @@ def is_scene_file(key: str, source: Input) -> bool:
 
 def is_run_file(storage: Storage, info: ObjectInfo) -> bool:
     """Whether an object of a listing is the run.json of a run or a training: others may use that name."""
-    if info.key.rpartition("/")[2] != RUN_FILE or info.size_bytes > _RUN_FILE_BYTES:
+    if info.key.rpartition("/")[2] != RUN_KEY or info.size_bytes > _RUN_FILE_BYTES:
         return False
     try:
         tree = json.loads(storage.read(info.key))

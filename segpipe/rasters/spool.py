@@ -54,7 +54,7 @@ class Draft:
     label_version: Version | None = None
     valid_uri: str | None = None
     valid_optional: bool = False
-    """No mask there is no error."""
+    """A missing mask is no error."""
     member: str | None = None
     offset: int | None = None
     length: int | None = None

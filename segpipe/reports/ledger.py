@@ -23,7 +23,7 @@ _PLAN_DAMAGED = (
 _SUCCESS = {
     "right": None,
     "absent": "_SUCCESS is not there yet: the same command again writes it.",
-    "outdated": "_SUCCESS is of the run before it has grown: the same command again renews it.",
+    "outdated": "_SUCCESS dates from before the run grew: the same command again renews it.",
     "wrong": "_SUCCESS does not say what is there.",
 }
 

@@ -52,7 +52,7 @@ class SceneSums:
     """Sums of S scenes in plan order."""
 
     first: Any
-    """Arrow table of FIRST_FIELDS, a row a scene."""
+    """Arrow table of FIRST_FIELDS, one row per scene."""
     counts: Array
     """(S, len(COUNTS)) int64."""
     class_px: Array

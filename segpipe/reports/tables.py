@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from segpipe.config.card import ClassInfo
-from segpipe.masks.schema import FAILED, FORMAT
+from segpipe.config.recipe import FORMAT
+from segpipe.masks.schema import FAILED
 from segpipe.metrics import ScoreArrays, Scores, score_arrays
 from segpipe.metrics.scores import OVERALL_SCORES
 from segpipe.reports.sums import FIRST_FIELDS, SceneSums, joined, sum_scenes
-from segpipe.reports.totals import Planned, Totals
+from segpipe.reports.totals import Planned, ReportTotals
 
 Array = np.ndarray[Any, Any]
 
@@ -50,10 +51,10 @@ _GROUP_ROWS: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Reports:
-    """What is left in memory when all scenes are written."""
+    """The summary and the small tables of a run; the rows of scenes and failures are in their files."""
 
     classes: Any
-    """Arrow table, a row a class: id, name, scores, compared pixels in label and prediction, mask pixels."""
+    """Arrow table, one row per class: id, name, scores, compared pixels (label, prediction), mask pixels."""
     confusion: Any
     """Arrow table of CONFUSION_SCHEMA: all pairs of classes, zeros too."""
     matrix: Array
@@ -82,7 +83,7 @@ class ReportBuilder:
         self._schema = scene_schema(classes)
         self._scenes = BufferedWriter(scenes_file, self._schema)
         self._failures = BufferedWriter(failures_file, FAILURE_SCHEMA)
-        self._totals = Totals(len(self._classes))
+        self._totals = ReportTotals(len(self._classes))
         self._pending: list[Any] = []
         self._pending_rows = 0
         self._open: SceneSums | None = None
@@ -185,7 +186,7 @@ def column_names(names: Sequence[str]) -> list[str]:
 
 
 def scene_schema(classes: Sequence[ClassInfo]) -> Any:
-    """Return the schema of ``scenes.parquet``: a row a scene, with iou_<class> and px_<class>."""
+    """Return the schema of ``scenes.parquet``: one row per scene, with iou_<class> and px_<class>."""
     suffixes = column_names([info.name for info in classes])
     return pa.schema(
         [

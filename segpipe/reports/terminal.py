@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def print_scores(summary: Mapping[str, Any], console: Console) -> None:
-    """Print a row a class and the averages of ``summary`` (the content of summary.json) on ``console``."""
+    """Print one row per class, and the averages, of ``summary`` (the content of summary.json)."""
     from rich.table import Table
     from rich.text import Text
 

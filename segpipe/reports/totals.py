@@ -1,4 +1,4 @@
-"""Totals of a run: the coverage ledger, the dataset's counts, and the few rows that the page shows."""
+"""ReportTotals of a run: the coverage ledger, the dataset's counts, and the few rows that the page shows."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Planned:
     pixels: int
 
 
-class Totals:
-    """Totals of the dataset, and the few scenes and failures that the page shows."""
+class ReportTotals:
+    """ReportTotals of the dataset, and the few scenes and failures that the page shows."""
 
     def __init__(self, num_classes: int) -> None:
         self.counts = dict.fromkeys(COUNTS, 0)

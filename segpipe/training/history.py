@@ -88,7 +88,7 @@ def iou_columns(class_names: Sequence[str]) -> list[str]:
 
 
 def steps_schema(parts: Iterable[str] = ()) -> Any:
-    """Return the Arrow schema of ``history/steps-*.parquet``: a row a step, with loss_<part>."""
+    """Return the Arrow schema of ``history/steps-*.parquet``: one row per step, with loss_<part>."""
     return pa.schema(
         [
             pa.field("step", pa.int64(), nullable=False),
@@ -104,7 +104,7 @@ def steps_schema(parts: Iterable[str] = ()) -> Any:
 
 
 def scores_schema(class_names: Sequence[str] = ()) -> Any:
-    """Return the Arrow schema of ``history/epochs-*.parquet``: a row a validation, with iou_<class>."""
+    """Return the Arrow schema of ``history/epochs-*.parquet``: one row per validation, with iou_<class>."""
     return pa.schema(
         [
             pa.field("step", pa.int64(), nullable=False),
@@ -221,7 +221,7 @@ def scores_table(rows: Sequence[ScoreRow], class_names: Sequence[str]) -> Any:
 
 
 def read_steps(storage: Storage) -> Any:
-    """Return the steps of a training as one Arrow table, a row a step, in order; see `steps_schema`.
+    """Return the steps of a training as one Arrow table, one row per step, in order; see `steps_schema`.
 
     Raises `CheckError` for a piece that is no Parquet file.
     """

@@ -82,7 +82,7 @@ class Network:
         if self.average is not None:
             self.average.update(self.plain, step)
 
-    def scored(self) -> nn.Module:
+    def network_to_score(self) -> nn.Module:
         """The whole network that is validated and kept, with worker 0's values on every worker.
 
         Batch norm statistics differ from worker to worker; worker 0's count.

@@ -14,7 +14,7 @@ from segpipe.wording import counted
 
 
 def passes(lanes: int, micro_batch: int | None) -> list[tuple[int, int]]:
-    """Start and stop of each pass: at most ``micro_batch`` lanes, no two of which differ by more than one."""
+    """Start and stop of each pass: at most ``micro_batch`` lanes, in sizes that differ by at most one."""
     count = -(-lanes // (micro_batch or lanes))
     bounds = [lanes * number // count for number in range(count + 1)]
     return list(pairwise(bounds))

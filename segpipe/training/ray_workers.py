@@ -91,7 +91,7 @@ class _RoomWatch:
     def __init__(self, pool: TrainPool, tell: Tell) -> None:
         kinds = f"{pool.cpus_per_worker:g} CPU" + (" and 1 GPU" if pool.device == "cuda" else "")
         workers = counted(pool.least, "worker")
-        self._line = f"no room yet: {workers} of {kinds} each must wait for nodes, or for the work of others"
+        self._line = f"waiting for nodes, or for other jobs to end: {workers} of {kinds} each"
         # Below its least number an elastic training asks for no placement group at all.
         self._elastic = pool.least != pool.most
         self._tell = tell

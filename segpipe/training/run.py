@@ -285,7 +285,9 @@ def _check_splits(config: TrainConfig, dataset: PreparedDataset) -> None:
     both = sorted(set(config.data.train_splits) & set(config.validation.splits))
     if both:
         raise ConfigError(
-            f"the split {both[0]!r} is trained on and validated", "validation.splits", "Choose another."
+            f"the split {both[0]!r} is used for both training and validation",
+            "validation.splits",
+            "Choose another.",
         )
 
 

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from segpipe.config.card import ModelCard
-from segpipe.config.recipe import differences, recipe_key
+from segpipe.config.recipe import RUN_KEY, differences, recipe_key
 from segpipe.config.train import TrainConfig
 from segpipe.datasets.prepared import PreparedDataset
 from segpipe.errors import InputError
 from segpipe.masks.run import refuse_other_folder
 from segpipe.storage import Storage
 
-RUN_KEY: Final = "run.json"
 MODEL_KEY: Final = "model.safetensors"
 FORMAT: Final = 1
 

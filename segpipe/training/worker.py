@@ -137,7 +137,7 @@ class _Training:
             self._last_s = time.monotonic()
             for batch in stream:
                 self._step(batch)
-                self._pause(batch.step + 1)
+                self._after_step(batch.step + 1)
                 if self._progress.stopped:
                     break
 
@@ -227,7 +227,7 @@ class _Training:
         steps = list_checkpoints(self._storage)
         return self._storage.uri(checkpoint_key(steps[-1])) if steps else "none was written yet"
 
-    def _pause(self, step: int) -> None:
+    def _after_step(self, step: int) -> None:
         """Between two steps: validate and write a checkpoint where the config says so."""
         validates = self._validates_at(step)
         if not validates and step % self._config.checkpoints.every_steps and step != self._total:
@@ -247,7 +247,7 @@ class _Training:
         return step == self._total or step % every == 0
 
     def _validate(self, step: int) -> None:
-        model, config, card = self._network.scored(), self._config.validation, self._run.card
+        model, config, card = self._network.network_to_score(), self._config.validation, self._run.card
         threads = self._run.facts.threads_per_worker
         counts = count_images(model, card, self._dataset, config, self._comm, self._device, threads)
         self._network.train_mode()

@@ -13,8 +13,6 @@ import rasterio
 from commands import Archive, Command, mask_objects, run, started
 from heads import Head, status_of, submit, wait_for_jobs
 from rasters import UTM33, noise, write_tiff
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from runs import TINY, tiny_config, train_in_processes
 from tiny import tiny_dataset
 

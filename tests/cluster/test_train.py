@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 
 import pytest
 from commands import REPOSITORY, Command, interrupt, run, started, tagged
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from runs import TINY, tiny_config, train_in_processes
 from tiny import tiny_dataset
 

@@ -11,12 +11,13 @@ import ray
 
 from segpipe.errors import InputError
 from segpipe.pipelines import cluster
+from segpipe.pipelines.resources import gpu_precision
 from segpipe.training import ray_workers
 from segpipe.training.resources import TrainPool
 
 POOL = TrainPool(2, 4, 3, "cuda", "bf16", 3, 3)
 JOB_ID = "01000000"
-LINE = "no room yet: 2 workers of 3 CPU and 1 GPU each must wait for nodes, or for the work of others"
+LINE = "waiting for nodes, or for other jobs to end: 2 workers of 3 CPU and 1 GPU each"
 
 
 class Waits:
@@ -98,7 +99,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_that_names_the_node() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(InputError, match=r"cannot use the GPU of a node.*driver"):
-        cluster._precision_of_gpu()
+        gpu_precision()
 
 
 @pytest.mark.parametrize(

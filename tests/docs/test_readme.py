@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-
-from archive import ok, run, scene_pixels, write_label, write_scene, make_model  # noqa: I001
+from archive import make_model, ok, run, scene_pixels, write_label, write_scene
 
 from segpipe.cli.main import app
 from segpipe.config.load import load_config

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from archive import ok, run
 from PIL import Image
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-
-from archive import ok, run
 
 from segpipe.cli.main import app
 from segpipe.config.train import TrainConfig

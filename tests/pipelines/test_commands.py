@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_a_dry_run_on_a_run_names_only_what_is_new(tmp_path: Path, scenes: Path,
     assert "2 scenes planned already, 1 new or changed" in done.err
     assert files(tmp_path / "run") == before
     shown = ok(predict(scenes, model, tmp_path / "run", "--dry-run", **CUT)).out
-    assert "scenes_planned_already  2" in shown
+    assert re.search(r"scenes_planned_already +2\n", shown)
 
 
 def test_results_stand_on_stdout_and_progress_on_stderr(tmp_path: Path, scenes: Path, model: Path) -> None:
@@ -230,7 +231,7 @@ def test_scenes_whose_bands_are_named_in_another_order_are_named_and_read_as_the
             file.colorinterp = [ColorInterp.blue, ColorInterp.green, ColorInterp.red]
     write_scene(scenes / "rgb.tif", 40, 40)
     planned = ok(predict(scenes, model, tmp_path / "run", "--dry-run", "--json", **CUT))
-    assert planned.tree["bands_named_otherwise"] == 2
+    assert planned.tree["band_names_differ"] == 2
     done = ok(predict(scenes, model, tmp_path / "run", **CUT))
     (line,) = warnings_of(done)
     assert line == warnings_of(planned)[0] == (

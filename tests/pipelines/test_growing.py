@@ -152,7 +152,7 @@ p._complete = complete
     assert start(*words, code=unmounted).wait() == 5
     away.rename(scenes)
     dry = ok(predict(scenes, model, out, "--dry-run", "--json", **CUT)).tree
-    assert (dry["scenes"], dry["scenes_planned_already"], dry["their_units_to_compute"]) == (2, 1, 0)
+    assert (dry["scenes"], dry["scenes_planned_already"], dry["planned_units_to_compute"]) == (2, 1, 0)
     ok(predict(scenes, model, out, **CUT))
     for name, mask in whole_masks(out).items():
         assert np.array_equal(mask, pixels[name].argmax(axis=0)), name
@@ -166,4 +166,4 @@ def test_a_dry_run_tells_units_that_an_earlier_plan_still_lacks(tmp_path: Path, 
     ok(predict(tmp_path / "in", model, tmp_path / "run", **CUT))
     next((tmp_path / "run").glob("masks/*/*")).unlink()
     dry = ok(predict(tmp_path / "in", model, tmp_path / "run", "--dry-run", "--json", **CUT)).tree
-    assert (dry["units"], dry["their_units_to_compute"]) == (0, 1)
+    assert (dry["units"], dry["planned_units_to_compute"]) == (0, 1)

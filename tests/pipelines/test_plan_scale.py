@@ -22,7 +22,7 @@ from segpipe.masks.read import MaskReader, SceneUnits
 from segpipe.masks.run import list_parts
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.plan import known_scenes, make_plan
-from segpipe.pipelines.predict import missing_units
+from segpipe.pipelines.units import missing_units
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.scene import SceneHeader, SceneSource, Version
 from segpipe.storage import open_storage

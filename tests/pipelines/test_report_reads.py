@@ -13,16 +13,16 @@ from archive import make_model, ok, predict, run, write_scene
 
 from segpipe.masks.run import unit_key
 from segpipe.pipelines import report
-from segpipe.pipelines.report import RangeRows, gathered, unit_ranges
+from segpipe.pipelines.report import ChunkRows, gathered, unit_chunks
 from segpipe.storage import open_storage
 
 
-def read(first: int, num_rows: int) -> RangeRows:
+def read(first: int, num_rows: int) -> ChunkRows:
     rows = pa.table({"unit": pa.array(range(first, first + num_rows)), "name": ["x"] * num_rows})
-    return RangeRows(rows, num_units=num_rows, num_bytes=10 * num_rows)
+    return ChunkRows(rows, num_units=num_rows, num_bytes=10 * num_rows)
 
 
-def reads_of(sizes: list[int]) -> list[RangeRows]:
+def reads_of(sizes: list[int]) -> list[ChunkRows]:
     return [read(sum(sizes[:index]), size) for index, size in enumerate(sizes)]
 
 
@@ -44,7 +44,7 @@ def test_gathered_reads_are_whole_columns_of_many_rows() -> None:
 def test_gathering_holds_no_more_than_it_needs() -> None:
     asked = 0
 
-    def source() -> Iterator[RangeRows]:
+    def source() -> Iterator[ChunkRows]:
         nonlocal asked
         for one in reads_of([64] * 200):
             asked += 1
@@ -55,7 +55,7 @@ def test_gathering_holds_no_more_than_it_needs() -> None:
 
 
 def test_columns_that_older_objects_lack_stay_null() -> None:
-    older = RangeRows(pa.table({"unit": [0]}), 1, 10)
+    older = ChunkRows(pa.table({"unit": [0]}), 1, 10)
     (out,) = gathered([older, read(1, 2)])
     assert out.rows["name"].to_pylist() == [None, "x", "x"]
 
@@ -66,16 +66,16 @@ def test_units_with_an_object_come_once_in_plan_order_whatever_the_order_of_the_
     there = [unit for unit in range(300) if unit % 7]
     pages = [[(unit, 100 + unit)] for unit in reversed(there)] + [[(300, 1), (555, 1)]]
     monkeypatch.setattr(report, "list_units", lambda storage, part: iter(pages))
-    ranges = list(unit_ranges(open_storage(str(tmp_path)), 4, num_units=300))
+    ranges = list(unit_chunks(open_storage(str(tmp_path)), 4, num_units=300))
     assert [pair for one in ranges for pair in one.units] == [(unit, 100 + unit) for unit in there]
     assert {one.part for one in ranges} == {4}
-    assert max(len(one.units) for one in ranges) <= report._UNITS_PER_RANGE
+    assert max(len(one.units) for one in ranges) <= report._UNITS_PER_CHUNK
 
 
 def test_an_empty_object_is_read_and_so_found_damaged_while_an_absent_one_is_not(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     storage.put(unit_key(0, 1), b"")
-    assert [one.units for one in unit_ranges(storage, 0, num_units=3)] == [((1, 0),)]
+    assert [one.units for one in unit_chunks(storage, 0, num_units=3)] == [((1, 0),)]
 
 
 def test_the_listing_has_ended_before_the_first_unit_is_read(
@@ -89,7 +89,7 @@ def test_the_listing_has_ended_before_the_first_unit_is_read(
         ended = True
 
     monkeypatch.setattr(report, "list_units", listing)
-    next(unit_ranges(open_storage(str(tmp_path)), 0, num_units=500))
+    next(unit_chunks(open_storage(str(tmp_path)), 0, num_units=500))
     assert ended
 
 

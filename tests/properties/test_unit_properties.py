@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -12,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from archive import make_model, ok, planned, predict, scene_pixels, whole_masks, write_scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-from archive import make_model, ok, planned, predict, scene_pixels, whole_masks, write_scene
 
 from segpipe.config.model import InputConfig, SegpipeConfig
 from segpipe.masks.run import RunInfo, adopt_or_create, require_run

@@ -81,12 +81,12 @@ def test_epochs_and_seeds_differ() -> None:
 def test_samples_are_mixed_within_windows_only() -> None:
     order = SampleOrder([16] * 64, 1, 8)
     for window in range(8):
-        groups = set(order.window_groups_of(0, window))
+        groups = set(order.groups_of_window(0, window))
         steps = range(window * 16, (window + 1) * 16)
         assert {group for step in steps for group in order.batch(0, step).groups.tolist()} == groups
     assert order.windows(0, 15) == (0, 0)
     assert order.windows(0, 16) == (1, 1)
-    assert order.window_groups_of(0, 8) == []
+    assert order.groups_of_window(0, 8) == []
 
 
 def test_a_wide_batch_widens_the_windows() -> None:

@@ -7,14 +7,10 @@ Where the whole data set is not at hand, samples of it stand in, and a small net
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-
 from archive import ok, run
 
 from segpipe.config.prepare import load_prepare

@@ -340,7 +340,7 @@ def test_a_training_that_is_not_at_its_end_is_not_finished(uri: str, tmp_path: P
     [
         ({"data__train_splits": ("trian",)}, r"no split 'trian'.*There are: train, val"),
         ({"validation__splits": ("test",)}, "no split 'test'"),
-        ({"validation__splits": ("train",)}, "trained on and validated"),
+        ({"validation__splits": ("train",)}, "used for both training and validation"),
         ({"validation__metric": "iou:roof"}, "no class 'roof' in the data set.*ground, red, blue"),
         ({"model__family": "unnet"}, "Did you mean 'unet'"),
         ({"model__options": {"widht": 4}}, "Did you mean 'width'"),

@@ -12,7 +12,7 @@ from rasterio.enums import ColorInterp
 from rasters import AUTO, noise, read_scene, source_of, write_tiff
 
 from segpipe.config.model import InputConfig
-from segpipe.rasters.band_names import are_others
+from segpipe.rasters.band_names import contradict
 from segpipe.rasters.header import inspect_scene
 
 RGB = ("red", "green", "blue")
@@ -94,4 +94,4 @@ def test_descriptions_that_are_no_text_fail_no_scene(tmp_path: Path) -> None:
 def test_another_order_and_other_colours_are_told(
     names: tuple[str, ...], wanted: tuple[str, ...], others: bool
 ) -> None:
-    assert are_others(names, wanted) is others
+    assert contradict(names, wanted) is others

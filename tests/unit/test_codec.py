@@ -191,8 +191,8 @@ def test_a_damaged_mask_is_a_failed_check() -> None:
     assert DamagedMask("x").exit_code == 4
 
 
-def test_a_cityscapes_label_is_read_and_comes_back() -> None:
-    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "fixtures" / "cityscapes"
+def test_a_cityscapes_label_is_read_and_comes_back(shared_data: Path) -> None:
+    folder = shared_data / "fixtures/cityscapes"
     found = sorted(folder.glob("gtFine/**/*_labelIds.png"))
     if not found:
         pytest.skip(f"no label rasters below {folder}")

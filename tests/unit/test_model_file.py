@@ -228,7 +228,7 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(kept: int, saved: Path) -> Non
 
 def test_bytes_after_the_weights_are_refused(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes() + b"x")
-    with pytest.raises(InputError, match="bytes too many"):
+    with pytest.raises(InputError, match="extra bytes"):
         load_model(str(saved))
 
 

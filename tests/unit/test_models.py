@@ -16,7 +16,7 @@ from torch.fx.experimental.optimization import fuse
 from segpipe.errors import ConfigError
 from segpipe.models.blocks import SegmentationModel
 from segpipe.models.families import FAMILIES, build
-from segpipe.models.layouts import LAST_LAYERS, LAYOUTS
+from segpipe.models.state_keys import KEY_MAPS, LAST_LAYERS
 
 OPTIONS: dict[str, dict[str, Any]] = {"unet": {"width": 4, "depth": 3}}
 LIGHT = ("unet", "unet_mobilenet_v2", "lraspp_mobilenet_v3_large")
@@ -154,8 +154,8 @@ def test_dropout_acts_in_training_alone() -> None:
     assert torch.equal(model(x), model(x))
 
 
-def test_every_family_has_its_layouts() -> None:
-    assert FAMILIES.keys() == LAST_LAYERS.keys() == LAYOUTS.keys()
+def test_every_family_has_its_key_maps() -> None:
+    assert FAMILIES.keys() == LAST_LAYERS.keys() == KEY_MAPS.keys()
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ from weights import (
 from segpipe.errors import InputError
 from segpipe.models.families import FAMILIES, build
 from segpipe.models.file import empty_model
-from segpipe.models.layouts import LAST_LAYERS, LAYOUTS
 from segpipe.models.pretrained import load_start
+from segpipe.models.state_keys import KEY_MAPS, LAST_LAYERS
 
 
-def test_every_family_has_its_layouts_and_its_last_layer() -> None:
-    assert set(LAYOUTS) == set(LAST_LAYERS) == set(FAMILIES)
+def test_every_family_has_its_key_maps_and_its_last_layer() -> None:
+    assert set(KEY_MAPS) == set(LAST_LAYERS) == set(FAMILIES)
     for family, last in LAST_LAYERS.items():
         model = empty_model(card_of(family, classes=("a", "b", "c", "d", "e")), family)
         assert all(model.get_submodule(name).weight.shape[0] == 5 for name in last), family

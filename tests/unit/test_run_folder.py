@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from masks_run import MadeRun, MadeScene, build_run
 
+from segpipe.config.recipe import RUN_KEY
 from segpipe.errors import StorageRefused
-from segpipe.masks.run import RUN_KEY, list_units, plan_key, take_back, unit_key
+from segpipe.masks.run import list_units, plan_key, take_back, unit_key
 
 SCENES = (MadeScene("a"), MadeScene("b"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from segpipe.masks.threads import map_in_order
+from segpipe.threads import map_in_order
 
 
 def test_results_come_in_order_and_few_are_under_way() -> None:

@@ -16,11 +16,12 @@ import pytest
 from masks_run import MadeRun, MadeScene, build_run, damage, make_info, put_unit, success_totals, unit_rows
 from rich.console import Console
 
+from segpipe.config.recipe import RUN_KEY
 from segpipe.errors import InputError
 from segpipe.masks.codec import encode_mask
-from segpipe.masks.ledger import Totals
+from segpipe.masks.ledger import RunTotals
 from segpipe.masks.plan import load_part
-from segpipe.masks.run import RUN_KEY, SUCCESS_KEY
+from segpipe.masks.run import SUCCESS_KEY
 from segpipe.masks.schema import mask_schema
 from segpipe.masks.verify import Finding, verify_run
 from segpipe.masks.write import encode_unit
@@ -319,7 +320,7 @@ def test_success_with_another_number_is_damaged(run: MadeRun, name: str) -> None
 
 
 def test_success_that_speaks_of_no_part_is_damaged(run: MadeRun) -> None:
-    run.storage.put(SUCCESS_KEY, Totals().to_json())
+    run.storage.put(SUCCESS_KEY, RunTotals().to_json())
     found = verify_run(run.storage)
     assert damage(found, SUCCESS_KEY)
     assert found.success == "wrong"
@@ -332,8 +333,8 @@ def test_success_that_cannot_be_read_is_damaged(run: MadeRun, data: bytes) -> No
 
 
 def test_success_survives_keys_of_a_newer_version() -> None:
-    totals = Totals(1, 2, 3, 4, 5)
-    assert Totals.from_json(json.dumps(json.loads(totals.to_json()) | {"new": 1}).encode()) == totals
+    totals = RunTotals(1, 2, 3, 4, 5)
+    assert RunTotals.from_json(json.dumps(json.loads(totals.to_json()) | {"new": 1}).encode()) == totals
 
 
 def test_scores_of_masks_have_no_masks_of_their_own_and_are_whole(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_ledger_adds_up_with_empty_failed_and_unreadable_scenes(tmp_path: Pa
     run = build_run(str(tmp_path), [scenes])
     found = verify_run(run.storage, full=True)
     assert found.exit_code == 0
-    tree = json.loads(json.dumps(found.to_json()))["ledger"]
+    tree = json.loads(json.dumps(found.to_tree()))["ledger"]
     lines = {(line["status"], line["kind"]): line for line in tree["lines"]}
     assert set(lines) == {
         ("ok", None),
