@@ -128,7 +128,9 @@ class MaskReader:
     fetch each object a few times at most, however many units the scene has. One thread at a time.
     """
 
-    def __init__(self, storage: Storage, cached_units: int = 4) -> None:
+    def __init__(self, storage: Storage, cached_units: int = 4, *, whole: bool = False) -> None:
+        """``whole``: the run is finished, so that a unit without an object is a fault of the storage."""
+        self._whole = whole
         # No methods of self: a reader that is let go is freed at once, with the masks that it keeps.
         self._extents = lru_cache(maxsize=_CACHED_SCENES)(_no_extents)
         self._rows = lru_cache(maxsize=max(cached_units, _CACHED_ROWS))(partial(_load_unit, storage))
@@ -153,6 +155,8 @@ class MaskReader:
             try:
                 rows = self._rows(scene.part, unit).get(scene.scene_id, [])
             except ObjectMissing:
+                if self._whole:
+                    raise
                 continue  # and not remembered: a later start may write it
             if extent is None:
                 extents[unit] = _Extent.of(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from segpipe.masks.plan import iter_plan
@@ -42,15 +42,21 @@ class MaskIndex:
         """Return where the masks of these scenes lie; scenes without masks are left out."""
         found: dict[str, SceneUnits] = {}
         versions = {source.scene_id: str(source.version) for source in sources}
-        scene_ids = list(versions)
+        for scene_id, part, first_unit, units, version in self._rows(list(versions)):
+            found[scene_id] = SceneUnits(scene_id, part, first_unit, units)
+            if version.split(";")[0] != versions[scene_id]:
+                self.other_version.add(scene_id)
+        return found
+
+    def places(self, scene_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Return (part, first unit) of the masks of these scenes; scenes without masks are left out."""
+        return {row[0]: (row[1], row[2]) for row in self._rows(scene_ids)}
+
+    def _rows(self, scene_ids: Sequence[str]) -> Iterator[tuple[str, int, int, int, str]]:
         for start in range(0, len(scene_ids), _LOOKUPS_AT_ONCE):
             asked = scene_ids[start : start + _LOOKUPS_AT_ONCE]
             query = f"SELECT * FROM masks WHERE scene_id IN ({','.join('?' * len(asked))})"
-            for scene_id, part, first_unit, units, version in self._database.execute(query, asked):
-                found[scene_id] = SceneUnits(scene_id, part, first_unit, units)
-                if version.split(";")[0] != versions[scene_id]:
-                    self.other_version.add(scene_id)
-        return found
+            yield from self._database.execute(query, asked)
 
     def close(self) -> None:
         self._database.close()

@@ -14,9 +14,9 @@ from segpipe.geometry.resolution import choose_downsample, is_coarser
 from segpipe.geometry.units import UnitPacker
 from segpipe.masks.damage import explain_damage, open_parquet
 from segpipe.masks.plan import PART_SCENES, PlanScene, block_sizes_px, encode_part, iter_plan
-from segpipe.masks.read import SceneUnits
 from segpipe.masks.run import FAILURES_KEY, Facts, list_parts, plan_key
 from segpipe.pipelines.events import Events
+from segpipe.pipelines.mask_index import MaskIndex
 from segpipe.rasters.band_names import contradict
 from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import SceneSource
@@ -25,7 +25,6 @@ from segpipe.storage import Storage
 from segpipe.wording import Named, counted
 
 Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]
-FindMasks = Callable[[Sequence[SceneSource]], dict[str, SceneUnits]]
 
 _MOST_NAMINGS: Final = 8
 
@@ -112,9 +111,11 @@ def make_plan(
     facts: Facts,
     inspect: Inspect,
     events: Events,
-    find_masks: FindMasks | None = None,
+    index: MaskIndex | None = None,
 ) -> PlanTotals:
     """Plan all scenes that the run does not have yet, as new parts, and return what was added.
+
+    ``index``: of the masks that are scored instead of made.
 
     Two drivers may plan at once: a part is put create-only, and the one that comes second forgets the
     scenes that the first has planned and goes on behind it.
@@ -123,11 +124,10 @@ def make_plan(
     known_parts = 0
     while True:
         parts = list_parts(storage)
-        scenes.forget_known(known_scenes(storage, parts[known_parts:]))
+        scenes.forget_known(known_scenes(storage, parts[known_parts:], index))
         known_parts = len(parts)
-        if _plan_pages(
-            storage, scenes, facts, inspect, events, parts[-1] + 1 if parts else 0, totals, find_masks
-        ):
+        next_part = parts[-1] + 1 if parts else 0
+        if _plan_pages(storage, scenes, facts, inspect, events, next_part, totals, index):
             return totals
         totals = PlanTotals()
 
@@ -140,13 +140,13 @@ def _plan_pages(
     events: Events,
     part: int,
     totals: PlanTotals,
-    find_masks: FindMasks | None,
+    index: MaskIndex | None,
 ) -> bool:
     """Put one part a page; False as soon as another driver was first with another content."""
     done, total, kept = 0, len(scenes), 0
     for page in scenes.pages(PART_SCENES):
         replaced = {source.scene_id: old for source, old in page if old is not None}
-        masks = find_masks([source for source, _ in page]) if find_masks is not None else {}
+        masks = index.find([source for source, _ in page]) if index is not None else {}
         inspected = []
         for scene in inspect([source for source, _ in page]):
             scene_id = scene.source.scene_id
@@ -171,17 +171,23 @@ def _plan_pages(
     return True
 
 
-def known_scenes(storage: Storage, parts: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+def known_scenes(
+    storage: Storage, parts: Sequence[int], index: MaskIndex | None = None
+) -> Iterator[tuple[str, str, int]]:
     """Iterate over (scene_id, version, part) of all planned scenes, in plan order.
 
-    One that was gone when it was to be read has no version here: listed again, it is back, and planned anew.
+    One that is to be planned anew has no version here: one that was gone when it was to be read, and is
+    listed again; one whose masks of ``index`` are no longer those that were scored.
     """
     gone = _gone_scenes(storage)
+    columns = ("scene_id", "version", "masks_part", "masks_first_unit")
     for part in parts:
-        for batch in iter_plan(storage, part, ("scene_id", "version")):
-            columns = batch.to_pydict()
-            for scene_id, version in zip(columns["scene_id"], columns["version"], strict=True):
-                yield scene_id, "" if (scene_id, part) in gone else version, part
+        for batch in iter_plan(storage, part, columns):
+            scene_ids, versions, *scored = (batch[name].to_pylist() for name in columns)
+            there = index.places(scene_ids) if index is not None else {}
+            for scene_id, version, *place in zip(scene_ids, versions, *scored, strict=True):
+                other_masks = index is not None and there.get(scene_id, (None, None)) != tuple(place)
+                yield scene_id, "" if (scene_id, part) in gone or other_masks else version, part
 
 
 def _gone_scenes(storage: Storage) -> set[tuple[str, int]]:

@@ -54,6 +54,7 @@ from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_list import SceneList
 from segpipe.storage import Storage, open_storage, read_uri
+from segpipe.storage.uris import normalize_root
 from segpipe.versions import versions_of
 from segpipe.wording import Named, counted
 
@@ -155,7 +156,7 @@ def _make_masks_job(config: SegpipeConfig, masks_uri: str) -> Job:
         raise InputError(what, masks_uri, f"Write them with `segpipe report {masks_uri}`.")
     parse_label_map(config.input.label_map, masks.card.num_classes)
     asked = masks_recipe(masks.recipe_key, config.input.label_map)
-    return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, masks_uri)
+    return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, storage.root)
 
 
 def _check_input(config: SegpipeConfig, card: ModelCard) -> None:
@@ -171,9 +172,16 @@ def _check_input(config: SegpipeConfig, card: ModelCard) -> None:
 
 
 def _as_made(config: SegpipeConfig, masks: RunInfo) -> SegpipeConfig:
-    """Return the config with the ``downsample`` that the masks were made with, which the reports tell."""
-    changes = {"downsample": masks.recipe["inference"]["downsample"]}
-    return config.model_copy(update={"inference": config.inference.model_copy(update=changes)})
+    """Return the config with what the masks were made with: no pixel of the scenes is read again."""
+    bands = masks.recipe["bands"]
+    read = {"bands": bands if isinstance(bands, str) else tuple(bands), "valid": "none"}
+    made = {"downsample": masks.recipe["inference"]["downsample"]}
+    return config.model_copy(
+        update={
+            "input": config.input.model_copy(update=read),
+            "inference": config.inference.model_copy(update=made),
+        }
+    )
 
 
 def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
@@ -193,7 +201,7 @@ def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:
             _check_start(job, info, hardware, storage.root)
             index = MaskIndex(open_storage(job.masks_uri)) if job.masks_uri is not None else None
             inspect = _inspector(job, executor, info)
-            totals = make_plan(storage, scenes, info.facts, inspect, events, index.find if index else None)
+            totals = make_plan(storage, scenes, info.facts, inspect, events, index)
             _announce(totals, scenes, info.card, events)
             if index is not None:
                 what = "whose file is not the one that the masks were made from"
@@ -223,7 +231,10 @@ def plan_job(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
                 refuse_other_folder(storage)
             info = adopt(existing, _run_info(job, facts), storage.root)
             _check_start(job, info, hardware, storage.root)
-            scenes.forget_known(known_scenes(storage, list_parts(storage)))
+            index = MaskIndex(open_storage(job.masks_uri)) if job.masks_uri is not None else None
+            scenes.forget_known(known_scenes(storage, list_parts(storage), index))
+            if index is not None:
+                index.close()
             inspect = _inspector(job, executor, info)
             done, total = 0, len(scenes)
             for page in scenes.pages(PART_SCENES):
@@ -240,6 +251,12 @@ def plan_job(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
 def _check_start(job: Job, info: RunInfo, hardware: Hardware, where: str) -> None:
     """Refuse a later start that would not go on with the same masks and scores."""
     check_facts(info.facts, job.config, hardware, where, of_masks=job.masks is not None)
+    if info.masks_uri != job.masks_uri:
+        raise InputError(
+            f"it scores the masks of {info.masks_uri}, and not of {job.masks_uri}",
+            where,
+            "Choose another --output.",
+        )
     if job.config.input.label_map != info.config["input"]["label_map"]:
         raise ConfigError(
             "label_map is not the one that the run was started with, and its counts stay",
@@ -315,7 +332,9 @@ def _complete(
     job: Job, storage: Storage, info: RunInfo, pool: Pool, executor: Executor, events: Events
 ) -> Outcome:
     outcome = Outcome(job.output, max_fraction=job.config.failures.max_fraction)
-    setup = WorkerSetup(job.output, info, job.config.input, job.config.model)
+    # Absolute: workers may have another working folder.
+    model = None if job.config.model is None else normalize_root(job.config.model)
+    setup = WorkerSetup(storage.root, info, job.config.input, model)
     missing, outcome.units = missing_units(storage)
     num_missing = sum(map(len, missing))
     events.started(outcome.units, num_missing)

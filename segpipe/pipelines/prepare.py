@@ -21,6 +21,7 @@ from segpipe.pipelines.events import Events
 from segpipe.pipelines.executor import Executor, start_executor
 from segpipe.pipelines.local import LocalExecutor
 from segpipe.storage import Storage, open_storage
+from segpipe.storage.uris import normalize_root
 from segpipe.wording import counted, few
 
 _SCENES_PER_TASK: Final = 16
@@ -203,7 +204,8 @@ def _make_shards(
 ) -> tuple[list[ShardMeta], int]:
     """The meta of every shard in order, and how many were written now."""
     assert config.output is not None
-    tasks = [ShardTask(shard, layout, config.output, config.format) for shard in shards]
+    # Absolute: workers may have another working folder.
+    tasks = [ShardTask(shard, layout, normalize_root(config.output), config.format) for shard in shards]
     metas: list[ShardMeta] = []
     kinds: list[tuple[str, str, int]] = []
     faults: list[Fault] = []

@@ -181,7 +181,8 @@ def check_facts(
         asked["threads_per_worker"] = config.cluster.threads_per_worker
     for name, value in asked.items():
         kept = getattr(facts, name)
-        if value not in ("auto", kept):
+        default = type(config.inference).model_fields[name].default if of_masks else "auto"
+        if value not in ("auto", default, kept):
             raise ConfigError(
                 f"{name} is {value} here, but the run was started with {kept}",
                 where,

@@ -95,11 +95,11 @@ class MaskSource:
             what = f"the run {self._storage.root} has no masks of a scene {scene.source.scene_id!r}"
             fix = "Predict it too, or leave it out. Ids are paths below the input: name it as that run did."
             raise SceneError("mask_missing", what, scene.source.where, fix)
-        reader = self._readers.get("", lambda: MaskReader(self._storage))
+        reader = self._readers.get("", lambda: MaskReader(self._storage, whole=True))
         mask, missing_px = reader.read(scene.masks, block.window, (header.height, header.width))
         if missing_px:
             what = f"the run {self._storage.root} has no mask for {missing_px} pixels of the block"
-            fix = f"Its scene failed there: see reports/failures.parquet of {self._storage.root}."
+            fix = "Its scene failed there (reports/failures.parquet): predict it again, then score it again."
             raise SceneError("mask_missing", what, scene.source.where, fix)
         future: Future[BlockResult] = Future()
         future.set_result(BlockResult(mask))

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import rasterio
 from archive import (
     Done,
     files,
@@ -25,6 +26,10 @@ from archive import (
     write_label,
     write_scene,
 )
+from rasterio.enums import ColorInterp
+from rasters import write_tiff
+
+import segpipe.pipelines.predict as driver
 
 Array = np.ndarray[Any, Any]
 
@@ -302,3 +307,70 @@ def test_masks_of_a_scene_that_had_another_size_are_never_compared(folder: Path)
     (failure,) = table(folder, "run", "failures")
     assert (failure["scene_id"], failure["error_kind"]) == ("b", "mask_missing")
     assert f"{height} x {width}" in failure["error"]
+
+
+def test_scores_of_one_run_are_not_continued_with_the_masks_of_another(folder: Path) -> None:
+    """Both runs have one recipe, and so one recipe key."""
+    for name in ("first", "second"):
+        ok(predict(folder / "in", folder / "model.safetensors", folder / name))
+    ok(evaluate(folder, "scores", "--masks", folder / "first"))
+    done = evaluate(folder, "scores", "--masks", folder / "second")
+    done.refused(2, f"{folder}/first", f"{folder}/second", "Choose another --output")
+
+
+def test_masks_that_were_made_anew_are_scored_anew(folder: Path) -> None:
+    masks = folder / "masks"
+    ok(predict(folder / "in/a.tif", folder / "model.safetensors", masks))
+    done = evaluate(folder, "scores", "--masks", masks, "--json")
+    assert (done.code, done.tree["summary"]["scenes"]["failed"]) == (5, 2)
+    before = done.tree["summary"]["compared_px"]
+    ok(predict(folder / "in", folder / "model.safetensors", masks))
+    done = ok(evaluate(folder, "scores", "--masks", masks, "--json"))
+    assert (done.tree["computed"], done.tree["summary"]["compared_px"] > before) == (1, True)
+    write_tiff(folder / "in/c.tif.msk", np.zeros((1, *SIZES["c"]), np.uint8))
+    ok(predict(folder / "in", folder / "model.safetensors", masks))
+    fresh = ok(evaluate(folder, "fresh", "--masks", masks, "--json")).tree["summary"]
+    again = ok(evaluate(folder, "scores", "--masks", masks, "--json")).tree["summary"]
+    assert again["compared_px"] == fresh["compared_px"] < done.tree["summary"]["compared_px"]
+    assert ok(evaluate(folder, "scores", "--masks", masks, "--json")).tree["computed"] == 0
+
+
+def test_masks_are_scored_whatever_bands_and_validity_they_were_made_with(folder: Path) -> None:
+    write_scene(folder / "in/d.tif", 40, 50, bands=4, seed=9)
+    with rasterio.open(folder / "in/d.tif", "r+") as dataset:
+        dataset.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+    model = make_model(folder / "four.safetensors", "pixel", bands=4)
+    asked = ("--set", "input.bands=[1, 2, 3, 4]", "--set", "input.valid=none")
+    ok(predict(folder / "in/d.tif", model, folder / "masks", *asked))
+    label = np.zeros((40, 50), np.uint8)
+    write_label(folder / "labels/d.tif", label, **grid_of(9))
+    labels = ("--labels", f"{folder}/labels/{{stem}}.tif")
+    done = run("evaluate", folder / "in/d.tif", *labels, "--masks", folder / "masks", "-o", folder / "s",
+               *local(), "--json")  # fmt: skip
+    assert ok(done).tree["summary"]["compared_px"] == label.size
+
+
+def test_a_mask_object_that_is_lost_while_it_is_scored_defers_its_unit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok(predict(folder / "in", folder / "model.safetensors", folder / "masks"))
+    real = driver.make_plan
+
+    def make_plan(*args: Any) -> Any:
+        next((folder / "masks/masks").rglob("*.parquet")).rename(folder / "lost")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "make_plan", make_plan)
+        done = evaluate(folder, "scores", "--masks", folder / "masks")
+    assert done.code == 3
+    assert "not committed" in done.err
+
+
+def test_the_cut_of_scores_is_kept_where_none_is_asked_for(folder: Path) -> None:
+    ok(predict(folder / "in", folder / "model.safetensors", folder / "masks"))
+    ok(evaluate(folder, "scores", "--masks", folder / "masks", block_px=64))
+    labels = ("--labels", f"{folder}/labels/{{stem}}.tif")
+    plain = ("--masks", folder / "masks", "-o", folder / "scores", "--executor", "local")
+    ok(run("evaluate", folder / "in", *labels, *plain))
+    evaluate(folder, "scores", "--masks", folder / "masks", block_px=32).refused(2, "block_px is 32")
