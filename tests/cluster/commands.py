@@ -125,6 +125,7 @@ def started(
     *,
     env: Mapping[str, str] | None = None,
     program: tuple[str, ...] = (sys.executable, "-m", "segpipe.cli.main"),
+    cwd: Path = REPOSITORY,
 ) -> Iterator[Command]:
     """Start a command in its own session with an empty home folder; all of it is dead afterwards."""
     tag, home = uuid.uuid4().hex, folder / "home"
@@ -139,7 +140,7 @@ def started(
             stdout=out,
             stderr=err,
             text=True,
-            cwd=REPOSITORY,
+            cwd=cwd,
             env=environment(tag, home) | dict(env or {}),
             start_new_session=True,
         )

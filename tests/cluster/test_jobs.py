@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rasterio
 from commands import Archive, Command, mask_objects, run, started
@@ -68,6 +70,31 @@ def check_evaluate_job(archive: Archive, folder: Path, head: Head) -> None:
     expected = json.loads(command.stdout)["summary"]
     assert json.loads((folder / "scores/reports/summary.json").read_text()) == expected
     assert 0 < expected["scores"]["miou"] < 1
+
+
+def test_relative_paths_start_at_the_commands_own_folder_on_a_cluster_too(
+    archive: Archive, undisturbed: dict[str, bytes], folder: Path, head: Head
+) -> None:
+    """The cluster's processes have another one."""
+    here, address = archive.scenes.parent, ("--set", f"cluster.address={head.gcs}")
+    (folder / "labels").mkdir()
+    for path in archive.scenes.iterdir():
+        with rasterio.open(path) as scene:
+            write_tiff(
+                folder / "labels" / path.name, np.zeros((1, scene.height, scene.width), np.uint8), **UTM33
+            )
+    scenes, model, out, labels = (
+        os.path.relpath(path, here) for path in (archive.scenes, archive.model, folder, folder / "labels")
+    )
+    wait_for_jobs(head)
+    predict = ["predict", scenes, "--model", model, "-o", f"{out}/run", *archive.args, *address]
+    classes = json.dumps([{"name": "ground", "color": [0, 0, 0]}])
+    prepare = ["prepare", "folder", scenes, "--labels", f"{labels}/{{stem}}.tif", "-o", f"{out}/data"]
+    for words in (predict, [*prepare, "--set", f"classes={classes}", *address]):
+        code, command = run(words, folder, env=head.env, cwd=here)
+        assert code == 0, command.stdout + command.stderr
+    assert mask_objects(folder / "run") == undisturbed
+    assert [path.name for path in (folder / "data/shards").glob("*.parquet")] == ["part-00000.parquet"]
 
 
 def test_a_job_trains_with_two_workers_what_two_processes_train(folder: Path, head: Head) -> None:
