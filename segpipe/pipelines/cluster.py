@@ -25,6 +25,7 @@ from segpipe.config.model import SegpipeConfig
 from segpipe.errors import IncompleteError, InputError, SegpipeError, first_line
 from segpipe.imports import collect_as_usual, collect_rarely
 from segpipe.masks.plan import PlanScene
+from segpipe.pipelines.cpus import usable_cpus
 from segpipe.pipelines.faults import decode_fault, encode_fault
 from segpipe.pipelines.isolate import Isolation
 from segpipe.pipelines.local import inspect_sources
@@ -267,7 +268,7 @@ def _start_ray(address: str | None) -> None:
                     configure_logging=False,
                     logging_level=logging.ERROR,
                     object_store_memory=_OBJECT_STORE_BYTES,
-                    num_cpus=len(os.sched_getaffinity(0)),
+                    num_cpus=usable_cpus(),
                     _node_ip_address=_LOOPBACK,
                 )
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:

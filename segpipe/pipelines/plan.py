@@ -20,13 +20,15 @@ from segpipe.pipelines.mask_index import MaskIndex
 from segpipe.rasters.band_names import contradict
 from segpipe.rasters.header import inspect_scene
 from segpipe.rasters.scene import SceneSource
-from segpipe.rasters.scene_list import SceneList
+from segpipe.rasters.scene_list import KnownScene, SceneList
 from segpipe.storage import Storage
 from segpipe.wording import Named, counted
 
 Inspect = Callable[[Sequence[SceneSource]], Iterable[PlanScene]]
 
 _MOST_NAMINGS: Final = 8
+_BEYOND_LIMITS: Final = "limit"
+"""In place of the version of a planned scene that was beyond the limits."""
 
 
 def inspect_source(source: SceneSource, config: SegpipeConfig, card: ModelCard) -> PlanScene:
@@ -147,12 +149,15 @@ def _plan_pages(
     for page in scenes.pages(PART_SCENES):
         replaced = {source.scene_id: old for source, old in page if old is not None}
         masks = index.find([source for source, _ in page]) if index is not None else {}
+        beyond = scenes.known_in(_BEYOND_LIMITS, replaced)
         inspected = []
         for scene in inspect([source for source, _ in page]):
             scene_id = scene.source.scene_id
             done += 1
             if done % 100 == 0 or done == total:
                 events.planned(done, total)
+            if scene_id in beyond and scene.error_kind == "limit":
+                continue  # still so: its failed row stands
             if scene_id in replaced and scene.error_kind == "scene_changed":
                 kept += 1  # the plan may have the newer version from another driver
                 continue
@@ -173,21 +178,26 @@ def _plan_pages(
 
 def known_scenes(
     storage: Storage, parts: Sequence[int], index: MaskIndex | None = None
-) -> Iterator[tuple[str, str, int]]:
-    """Iterate over (scene_id, version, part) of all planned scenes, in plan order.
+) -> Iterator[KnownScene]:
+    """Iterate over all planned scenes, in plan order.
 
     One that is to be planned anew has no version here: one that was gone when it was to be read, and is
-    listed again; one whose masks of ``index`` are no longer those that were scored.
+    listed again; one whose masks of ``index`` are no longer those that were scored. One beyond the limits is
+    to be looked at again, for the limits may be others now.
     """
     gone = _gone_scenes(storage)
-    columns = ("scene_id", "version", "masks_part", "masks_first_unit")
+    columns = ("scene_id", "uri", "version", "error_kind", "masks_part", "masks_first_unit")
     for part in parts:
         for batch in iter_plan(storage, part, columns):
-            scene_ids, versions, *scored = (batch[name].to_pylist() for name in columns)
-            there = index.places(scene_ids) if index is not None else {}
-            for scene_id, version, *place in zip(scene_ids, versions, *scored, strict=True):
+            rows = zip(*(batch[name].to_pylist() for name in columns), strict=True)
+            there = index.places(batch["scene_id"].to_pylist()) if index is not None else {}
+            for scene_id, uri, version, kind, *place in rows:
                 other_masks = index is not None and there.get(scene_id, (None, None)) != tuple(place)
-                yield scene_id, "" if (scene_id, part) in gone or other_masks else version, part
+                if (scene_id, part) in gone or other_masks:
+                    version = ""
+                elif kind == "limit":
+                    version = _BEYOND_LIMITS
+                yield KnownScene(scene_id, version, part, uri)
 
 
 def _gone_scenes(storage: Storage) -> set[tuple[str, int]]:

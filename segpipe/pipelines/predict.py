@@ -314,6 +314,8 @@ def _announce(totals: PlanTotals, scenes: SceneList, card: ModelCard, events: Ev
     if scenes.num_same_file:
         same = counted(scenes.num_same_file, "scene")
         events.warning(f"{same} planned again with the same file: the label or validity mask is another one")
+    what = "replaced, which an earlier start had planned from another path under the same id"
+    _warn_of(scenes.other_path, what, events)
     _warn_of(totals.coarser, "with pixels more than 1.5 x coarser than the model's", events)
     what = "with more bands than the model takes, of which the first are used"
     _warn_of(totals.extra_bands, what, events)

@@ -14,6 +14,7 @@ from segpipe.config.model import SegpipeConfig
 from segpipe.errors import ConfigError, InputError
 from segpipe.inference.defaults import CPU_BATCH, CUDA_BATCH
 from segpipe.masks.run import Facts
+from segpipe.pipelines.cpus import usable_cpus
 
 CPU_UNIT_PX = 16 * 2**20
 GPU_UNIT_PX = 2**30
@@ -73,8 +74,7 @@ class Pool:
 
 def this_machine() -> Hardware:
     """Return the CPUs that this process may use; GPUs are asked of torch only where a driver is loaded."""
-    cpus = len(os.sched_getaffinity(0))
-    gpus = 0
+    cpus, gpus = usable_cpus(), 0
     if os.path.exists("/proc/driver/nvidia"):
         import torch
 

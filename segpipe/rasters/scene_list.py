@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
 from segpipe.errors import InputError, StorageFull
 from segpipe.rasters.scene import SceneSource, Version
 from segpipe.rasters.scene_ids import fold_id
+from segpipe.wording import Named
 
 _COLUMNS: Final = (
     "id, uri, uri_size, uri_etag, label, label_size, label_etag, valid, valid_size, valid_etag, "
@@ -32,6 +33,16 @@ _VERSION_TEXT: Final = (
 _PAGE: Final = 5_000
 
 
+class KnownScene(NamedTuple):
+    """A scene of an existing plan."""
+
+    scene_id: str
+    version: str
+    """`SceneSource.version_text`, or what no scene has where it is to be planned anew."""
+    part: int
+    uri: str
+
+
 class SceneList:
     """The scenes that are still to be planned, in plan order. A context manager: closing frees the disk.
 
@@ -41,7 +52,9 @@ class SceneList:
 
     def __init__(self, database: sqlite3.Connection, extra_schema: pa.Schema, notes: tuple[str, ...]) -> None:
         self._database = database
-        database.execute("CREATE TABLE known(id TEXT PRIMARY KEY, fold TEXT, version TEXT, part INTEGER)")
+        database.execute(
+            "CREATE TABLE known(id TEXT PRIMARY KEY, fold TEXT, version TEXT, part INTEGER, uri TEXT)"
+        )
         self.extra_schema = extra_schema
         """Names and types of the catalogue columns in ``SceneSource.extra``, over all catalogues."""
         self.notes = notes
@@ -50,6 +63,8 @@ class SceneList:
         """Scenes dropped by ``forget_known``: an existing plan has them in this version."""
         self.num_same_file = 0
         """Scenes to be planned again though their file is the planned one: label or validity mask differ."""
+        self.other_path = Named()
+        """Scenes that replace planned ones of another path, which had the same id."""
 
     def __enter__(self) -> SceneList:
         return self
@@ -66,8 +81,8 @@ class SceneList:
     def __len__(self) -> int:
         return int(self._database.execute("SELECT count(*) FROM scene").fetchone()[0])
 
-    def forget_known(self, known: Iterable[tuple[str, str, int]]) -> None:
-        """Drop what an existing plan has: (scene_id, version_text, part) rows in part order.
+    def forget_known(self, known: Iterable[KnownScene]) -> None:
+        """Drop what an existing plan has, in part order.
 
         A scene whose newest part has the same version is dropped; one with another version stays and gets
         that part as ``replaces_part``. Raises ``InputError`` for a scene whose id differs from a planned one
@@ -75,9 +90,9 @@ class SceneList:
         """
         with scratch_explained():
             run = self._database.execute
-            rows = ((scene_id, fold_id(scene_id), version, part) for scene_id, version, part in known)
+            rows = ((scene[0], fold_id(scene[0]), *scene[1:]) for scene in known)
             while page := list(itertools.islice(rows, _PAGE)):
-                self._database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", page)
+                self._database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?)", page)
             twin = run(
                 "SELECT scene.uri, scene.id, known.id FROM known JOIN scene ON scene.fold = known.fold "
                 "WHERE scene.id <> known.id LIMIT 1"
@@ -97,6 +112,17 @@ class SceneList:
                 "SELECT count(*) FROM scene JOIN known ON known.id = scene.id AND "
                 "substr(known.version, 1, instr(known.version || ';', ';') - 1) = uri_size || ':' || uri_etag"
             ).fetchone()[0]
+            self.other_path = Named()
+            for (scene_id,) in run(
+                "SELECT scene.id FROM scene JOIN known ON known.id = scene.id AND known.uri <> scene.uri "
+                "ORDER BY scene.id"
+            ):
+                self.other_path.add(scene_id)
+
+    def known_in(self, version: str, scene_ids: Iterable[str]) -> set[str]:
+        """Return those of the scenes whose newest plan has this version."""
+        query = "SELECT 1 FROM known WHERE id = ? AND version = ?"
+        return {one for one in scene_ids if self._database.execute(query, (one, version)).fetchone()}
 
     def pages(self, size: int = 10_000) -> Iterator[list[tuple[SceneSource, int | None]]]:
         """Lists of at most ``size`` (scene, replaces_part) in plan order; may be gone through again."""

@@ -167,3 +167,26 @@ def test_a_dry_run_tells_units_that_an_earlier_plan_still_lacks(tmp_path: Path, 
     next((tmp_path / "run").glob("masks/*/*")).unlink()
     dry = ok(predict(tmp_path / "in", model, tmp_path / "run", "--dry-run", "--json", **CUT)).tree
     assert (dry["units"], dry["planned_units_to_compute"]) == (0, 1)
+
+
+def test_a_scene_beyond_the_limits_is_planned_anew_where_they_are_raised(tmp_path: Path, model: Path) -> None:
+    for name, height in (("a", 70), ("b", 200)):
+        write_scene(tmp_path / f"in/{name}.tif", height, 90)
+    small = ("--set", "input.limits.scene_px=10000")
+    for _ in range(2):
+        done = predict(tmp_path / "in", model, tmp_path / "run", *small)
+        assert (done.code, len(list((tmp_path / "run/plan").iterdir()))) == (5, 1)
+    done = ok(predict(tmp_path / "in", model, tmp_path / "run", "--json"))
+    assert (done.tree["computed"], done.tree["summary"]["scenes"]["ok"]) == (1, 2)
+    ok(run("verify", tmp_path / "run", "--full"))
+
+
+def test_a_scene_that_replaces_one_of_another_path_is_named(tmp_path: Path, model: Path) -> None:
+    for number, folder in enumerate(("2024", "2025")):
+        write_scene(tmp_path / folder / "t.tif", 70, 90, seed=number)
+    assert "another path" not in ok(predict(tmp_path / "2024", model, tmp_path / "run")).err
+    done = ok(predict(tmp_path / "2025", model, tmp_path / "run"))
+    assert "warning: 1 scene replaced, which an earlier start had planned from another path" in done.err
+    assert "under the same id: t" in done.err
+    (tmp_path / "2025").rename(tmp_path / "moved")
+    assert "another path" not in ok(predict(tmp_path / "moved", model, tmp_path / "run")).err

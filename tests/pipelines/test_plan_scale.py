@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import resource
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from segpipe.pipelines.plan import known_scenes, make_plan
 from segpipe.pipelines.units import missing_units
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.scene import SceneHeader, SceneSource, Version
+from segpipe.rasters.scene_list import KnownScene
 from segpipe.storage import open_storage
 
 FACTS = make_facts(tile_px=512, margin_px=32, block_px=4096, unit_px=16 * 2**20)
@@ -42,8 +43,11 @@ class ManyScenes:
     def __len__(self) -> int:
         return self.count
 
-    def forget_known(self, known: Iterator[tuple[str, str, int]]) -> None:
+    def forget_known(self, known: Iterator[KnownScene]) -> None:
         assert not list(known)
+
+    def known_in(self, version: str, scene_ids: Iterable[str]) -> set[str]:
+        return set()
 
     def pages(self, size: int) -> Iterator[list[tuple[SceneSource, None]]]:
         for start in range(0, self.count, size):
@@ -112,7 +116,7 @@ def check(folder: Path, count: int, most_growth_bytes: int) -> None:
     assert units == totals.units == sum(map(len, missing))
     assert [part.part for part in missing] == list(range(count // PART_SCENES))
     assert all(part.units.tolist() == list(range(len(part))) for part in missing)
-    planned = [scene_id for scene_id, _, _ in known_scenes(storage, [0, 1])]
+    planned = [scene.scene_id for scene in known_scenes(storage, [0, 1])]
     assert planned == [f"n{i:08d}" for i in range(2 * PART_SCENES)]
 
 
@@ -168,5 +172,5 @@ def test_two_planners_at_once_plan_every_scene_once(tmp_path: Path) -> None:
     with list_scenes(config, None, need_labels=False) as scenes:
         totals = make_plan(storage, scenes, FACTS, interrupted, Events())
     assert (others[0].scenes, totals.scenes) == (6, 0)
-    planned = [scene_id for scene_id, _, _ in known_scenes(storage, list_parts(storage))]
+    planned = [scene.scene_id for scene in known_scenes(storage, list_parts(storage))]
     assert planned == ["0", "1", "2", "3", "4", "new"]

@@ -20,7 +20,7 @@ from segpipe.errors import InputError, StorageFull
 from segpipe.rasters import spool as spool_module
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.scene import SceneSource, Version
-from segpipe.rasters.scene_list import SceneList, dump_extra, load_extra, scratch_explained
+from segpipe.rasters.scene_list import KnownScene, SceneList, dump_extra, load_extra, scratch_explained
 from segpipe.rasters.spool import Draft, Spool
 
 Planned = list[tuple[SceneSource, int | None]]
@@ -37,6 +37,10 @@ def planned(found: SceneList) -> Planned:
     return [row for page in found.pages(2) for row in page]
 
 
+def known(*scenes: tuple[str, str, int]) -> list[KnownScene]:
+    return [KnownScene(*scene, f"/elsewhere/{scene[0]}.tif") for scene in scenes]
+
+
 def test_pages_are_full_and_repeatable(archive: SceneList) -> None:
     assert [len(page) for page in archive.pages(2)] == [2, 2, 1]
     assert planned(archive) == planned(archive)
@@ -46,10 +50,14 @@ def test_pages_are_full_and_repeatable(archive: SceneList) -> None:
 def test_a_grown_archive_plans_only_new_and_changed_scenes(archive: SceneList) -> None:
     now = {source.scene_id: source.version_text for source, _ in planned(archive)}
     archive.forget_known(
-        [("s0", now["s0"], 0), ("s1", "old", 0), ("s2", "old", 0), ("gone", "x", 0), ("s2", now["s2"], 1)]
+        known(
+            ("s0", now["s0"], 0), ("s1", "old", 0), ("s2", "old", 0), ("gone", "x", 0), ("s2", now["s2"], 1)
+        )
     )
     assert archive.num_known == 2
     assert len(archive) == 3
+    assert archive.other_path.text() == "s1"
+    assert archive.known_in("old", ["s1", "s2", "gone"]) == {"s1"}
     assert [(source.scene_id, part) for source, part in planned(archive)] == [
         ("s1", 0),
         ("s3", None),
@@ -59,7 +67,7 @@ def test_a_grown_archive_plans_only_new_and_changed_scenes(archive: SceneList) -
 
 def test_a_scene_that_went_back_to_an_older_version_is_planned_again(archive: SceneList) -> None:
     now = {source.scene_id: source.version_text for source, _ in planned(archive)}
-    archive.forget_known([("s0", now["s0"], 0), ("s0", "newer", 1)])
+    archive.forget_known(known(("s0", now["s0"], 0), ("s0", "newer", 1)))
     assert archive.num_known == 0
     assert planned(archive)[0][1] == 1
 
@@ -67,13 +75,13 @@ def test_a_scene_that_went_back_to_an_older_version_is_planned_again(archive: Sc
 def test_versions_in_the_database_are_the_ones_of_the_sources(archive: SceneList) -> None:
     texts = [source.version_text for source, _ in planned(archive)]
     assert ";;" in texts[0]  # with a mask and no label
-    archive.forget_known((f"s{index}", text, 0) for index, text in enumerate(texts))
+    archive.forget_known(known(*((f"s{index}", text, 0) for index, text in enumerate(texts))))
     assert (len(archive), archive.num_known) == (0, 5)
 
 
 def test_a_twin_of_a_planned_scene_is_refused(archive: SceneList) -> None:
     with pytest.raises(InputError, match="by case alone"):
-        archive.forget_known([("S1", "x", 0)])
+        archive.forget_known(known(("S1", "x", 0)))
 
 
 def test_a_full_scratch_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,7 +117,9 @@ def test_many_scenes_keep_memory_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     spool.index()
     spool.check_ids()
     with spool.finish(pa.schema([]), []) as found:
-        found.forget_known((f"{long}/{number:06d}", f"{number}:{'e' * 32}", 0) for number in range(25_000))
+        found.forget_known(
+            KnownScene(f"{long}/{number:06d}", f"{number}:{'e' * 32}", 0, "") for number in range(25_000)
+        )
         names = [source.scene_id[-6:] for page in found.pages(1000) for source, _ in page]
     assert names == [f"{number:06d}" for number in range(25_000, 50_000)]
     assert resident_kib() - before_kib < 20_000
