@@ -14,7 +14,7 @@ from segpipe.config.train import load_train
 from segpipe.training.events import TrainEvents
 from segpipe.training.finish import Trained
 from segpipe.training.history import ScoreRow, StepRow
-from segpipe.training.run import TrainPlan, plan_only, prepare_job, run_training
+from segpipe.training.run import TrainPlan, plan_only, make_train_job, run_training
 from segpipe.wording import counted
 
 
@@ -22,7 +22,7 @@ def train_command(
     config_uri: str | None, flags: dict[str, Any], sets: list[str], *, dry_run: bool, as_json: bool
 ) -> int:
     """Train and return the exit code."""
-    job = prepare_job(load_train(read_text(config_uri), flags, sets, config_uri or "flags"))
+    job = make_train_job(load_train(read_text(config_uri), flags, sets, config_uri or "flags"))
     with TrainProgress() as events:
         if dry_run:
             _print_plan(plan_only(job, events), as_json)

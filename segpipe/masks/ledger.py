@@ -25,7 +25,7 @@ SUPERSEDED: Final = "superseded"
 
 _SCENES_AT_A_TIME: Final = 1000
 
-NO_HEADER: Final = "unreadable"
+NO_HEADER: Final = "not opened"
 """Stands in place of a validity source where the scene's header could not be read."""
 
 

@@ -387,7 +387,7 @@ def _explained(path: str) -> Iterator[None]:
 def _explain(error: OSError, path: str) -> Exception:
     code = error.errno
     if code in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-        return ObjectMissing("no such file", path)
+        return ObjectMissing("a folder, and no file" if code == errno.EISDIR else "no such file", path)
     if code in _FULL:
         return StorageFull("no space left on the device", path, "Free space and run the same command again.")
     if code in _DENIED:

@@ -74,7 +74,7 @@ class TrainPlan:
     done_steps: int
 
 
-def prepare_job(config: TrainConfig) -> TrainJob:
+def make_train_job(config: TrainConfig) -> TrainJob:
     """Read the data set's description and hold the config against it. Writes nothing.
 
     Raises `ConfigError` or `InputError`.

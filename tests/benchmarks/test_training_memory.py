@@ -19,7 +19,7 @@ from test_training_speed import BATCH, prepare, train_config, write_images
 
 from segpipe.config.train import TrainConfig
 from segpipe.training.events import TrainEvents
-from segpipe.training.run import prepare_job, run_training
+from segpipe.training.run import make_train_job, run_training
 
 pytestmark = pytest.mark.benchmark
 
@@ -52,7 +52,7 @@ def test_peak_memory_is_flat_in_the_number_of_shards(tmp_path: Path) -> None:
 def memory_of(config: TrainConfig) -> tuple[float, float]:
     """Resident memory before a training in this process, and the largest during it, MiB."""
     before = status_mib("VmRSS")
-    run_training(prepare_job(config), TrainEvents())
+    run_training(make_train_job(config), TrainEvents())
     return before, status_mib("VmHWM")
 
 

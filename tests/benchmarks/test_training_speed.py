@@ -42,7 +42,7 @@ from segpipe.storage import open_storage
 from segpipe.training.comm import Comm
 from segpipe.training.losses import make_loss
 from segpipe.training.network import Network
-from segpipe.training.run import make_recipe, prepare_job
+from segpipe.training.run import make_recipe, make_train_job
 from segpipe.training.run_file import TrainFacts, TrainRun, adopt_or_create
 from segpipe.training.steps import Stepper
 from segpipe.training.worker import WorkerTask, run_worker
@@ -126,7 +126,7 @@ def train_config(data: str, output: Path | str, **sets: Any) -> TrainConfig:
 
 
 def make_stepper(config: TrainConfig) -> Stepper:
-    job = prepare_job(config)
+    job = make_train_job(config)
     loss = make_loss(config.train.loss, job.dataset.split_class_px(config.data.train_splits))
     return Stepper(config, Network(config, job.card, Comm(), "cpu"), loss, Comm(), job.total_steps, "fp32")
 
@@ -220,7 +220,7 @@ def test_two_workers_against_one(tmp_path: Path) -> None:
 
 def samples_per_s(config: TrainConfig, world: int) -> float:
     """Median rate of the steps but the first three, of ``world`` processes that share the cores."""
-    job = prepare_job(config)
+    job = make_train_job(config)
     storage = open_storage(job.output)
     run = TrainRun(
         recipe=make_recipe(job.config, job.dataset, None),

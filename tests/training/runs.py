@@ -16,7 +16,7 @@ from segpipe.training.comm import Comm
 from segpipe.training.events import TrainEvents
 from segpipe.training.finish import Trained, finish
 from segpipe.training.history import ScoreRow, StepRow
-from segpipe.training.run import TrainJob, make_recipe, prepare_job, run_training
+from segpipe.training.run import TrainJob, make_recipe, make_train_job, run_training
 from segpipe.training.run_file import TrainFacts, TrainRun, adopt_or_create
 from segpipe.training.worker import WorkerTask, run_worker
 
@@ -72,7 +72,7 @@ class Seen(TrainEvents):
 
 
 def train(config: TrainConfig, events: TrainEvents | None = None) -> Trained:
-    return run_training(prepare_job(config), events or Seen())
+    return run_training(make_train_job(config), events or Seen())
 
 
 def train_in_processes(config: TrainConfig, world: int, stop_after: int | None = None) -> Trained:
@@ -80,7 +80,7 @@ def train_in_processes(config: TrainConfig, world: int, stop_after: int | None =
 
     Worker 0 dies after step ``stop_after``; then this raises torch's `ProcessRaisedException`.
     """
-    job = prepare_job(config)
+    job = make_train_job(config)
     run = started(job)
     task = WorkerTask(job.config, run, job.output)
     meeting = Path(job.output) / ".meeting"

@@ -21,7 +21,7 @@ from segpipe.training.checkpoint import list_checkpoints, read_checkpoint
 from segpipe.training.comm import Comm
 from segpipe.training.finish import finish
 from segpipe.training.history import read_order, read_scores, read_steps
-from segpipe.training.run import prepare_job
+from segpipe.training.run import make_train_job
 from segpipe.training.validate import count_images
 
 DEEPLAB = {"model__family": "deeplabv3_resnet50", "model__options": {}}
@@ -329,7 +329,7 @@ def test_a_training_that_is_not_at_its_end_is_not_finished(uri: str, tmp_path: P
     config = tiny_config(uri, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         train(config, Seen(6))
-    job = prepare_job(config)
+    job = make_train_job(config)
     with pytest.raises(IncompleteError, match="ended after step 4 of 12"):
         finish(open_storage(job.output), job.config, started(job), job.dataset, job.total_steps, print)
     assert not (tmp_path / "run/model.safetensors").exists()

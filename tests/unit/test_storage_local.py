@@ -416,3 +416,9 @@ def test_writers_that_make_the_same_new_folder_at_once_all_succeed(tmp_path: Pat
         with ThreadPoolExecutor(8) as pool:
             keys = [f"new-{round_number}/below/{number}" for number in range(8)]
             assert all(pool.map(lambda key: storage.put_if_absent(key, b"x"), keys))
+
+
+def test_a_folder_is_no_missing_file(store: LocalStorage) -> None:
+    store.put("folder/k", b"1")
+    with pytest.raises(ObjectMissing, match="a folder, and no file"):
+        store.read("folder")

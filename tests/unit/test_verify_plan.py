@@ -49,7 +49,7 @@ def test_the_ledger_adds_up_with_empty_failed_and_unreadable_scenes(tmp_path: Pa
     assert lines["ok", None]["unknown_px"] == 40 * 50
     assert lines["ok", None]["scenes"] == 3
     assert tree["planned"]["scenes"] == 5
-    assert tree["valid_sources"] == {"alpha": 1, "nodata": 3, "unreadable": 1}
+    assert tree["valid_sources"] == {"alpha": 1, "nodata": 3, "not opened": 1}
     assert tree["coarser_than_model"] == {"count": 1, "first": ["e"]}
 
 
