@@ -14,7 +14,7 @@ from segpipe.config.train import load_train
 from segpipe.training.events import TrainEvents
 from segpipe.training.finish import Trained
 from segpipe.training.history import ScoreRow, StepRow
-from segpipe.training.run import TrainPlan, plan_only, make_train_job, run_training
+from segpipe.training.run import TrainPlan, make_train_job, plan_only, run_training
 from segpipe.wording import counted
 
 
