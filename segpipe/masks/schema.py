@@ -109,7 +109,17 @@ PLAN_COLUMNS: Final = frozenset(PLAN_SCHEMA.names)
 
 
 def mask_schema(recipe_key: str, classes: Sequence[ClassInfo]) -> Any:
-    """Return the schema of a mask object with the file metadata that makes it self-describing.
+    """Return the schema of a mask object with the file metadata that makes it self-describing."""
+    return _self_describing(MASK_FIELDS, recipe_key, classes)
+
+
+def index_schema(recipe_key: str, classes: Sequence[ClassInfo]) -> Any:
+    """Return the schema of an index: described as masks are, since footprints alone are what maps load."""
+    return _self_describing(INDEX_FIELDS, recipe_key, classes)
+
+
+def _self_describing(fields: Sequence[Any], recipe_key: str, classes: Sequence[ClassInfo]) -> Any:
+    """Return a schema with file metadata.
 
     GeoParquet 1.1 (https://geoparquet.org/releases/v1.1.0/): ``geometry`` as WKB in OGC:CRS84 with a
     bbox covering. Hugging Face: the features of the dataset, so that ``mask`` opens as an image.
@@ -125,7 +135,9 @@ def mask_schema(recipe_key: str, classes: Sequence[ClassInfo]) -> Any:
             }
         },
     }
-    features = {field.name: _feature(field.type) for field in MASK_FIELDS} | {"mask": {"_type": "Image"}}
+    features = {field.name: _feature(field.type) for field in fields}
+    if "mask" in features:
+        features["mask"] = {"_type": "Image"}
     metadata = {
         "segpipe.format": str(FORMAT),
         "segpipe.recipe_key": recipe_key,
@@ -133,7 +145,7 @@ def mask_schema(recipe_key: str, classes: Sequence[ClassInfo]) -> Any:
         "geo": json.dumps(geo),
         "huggingface": json.dumps({"info": {"features": features}}),
     }
-    return MASK_SCHEMA.with_metadata(metadata)
+    return pa.schema(fields, metadata)
 
 
 def _feature(kind: Any) -> Any:

@@ -23,7 +23,7 @@ from segpipe.masks.ledger import Replacements, RunTotals
 from segpipe.masks.plan import iter_plan, load_part, part_num_units
 from segpipe.masks.read import read_counts
 from segpipe.masks.run import FAILURES_KEY, SUCCESS_KEY, RunInfo, index_key, list_parts, list_units, unit_key
-from segpipe.masks.schema import INDEX_FIELDS
+from segpipe.masks.schema import index_schema
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.executor import Executor
 from segpipe.reports.html import render_html
@@ -35,7 +35,6 @@ _UNITS_PER_CHUNK: Final = 64
 _ROWS_AT_ONCE: Final = 1024
 _NO_OBJECT: Final = -1
 _SCENE_COLUMNS: Final = ("downsample", "pixel_m", "coarser_than_model")
-_INDEX_SCHEMA: Final = pa.schema(INDEX_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +84,7 @@ def _make_reports(
     totals = RunTotals()
     with _scratch_file() as scenes_file, _scratch_file() as failures_file:
         builder = ReportBuilder(info.card.classes, scenes_file, failures_file)
+        schema = index_schema(info.recipe_key, info.card.classes)
         try:
             num_units = {part: part_num_units(storage, part) for part in parts}
             num_planned = sum(num_units.values())
@@ -93,7 +93,9 @@ def _make_reports(
                 events.reporting(totals.units + done, num_planned)
 
             for part, units in num_units.items():
-                totals += _report_part(storage, part, units, replacements, builder, executor, progress)
+                totals += _report_part(
+                    storage, part, units, schema, replacements, builder, executor, progress
+                )
             missing = num_planned - totals.units
             complete = num_planned > 0 and not missing
             planned = None if complete else _planned(storage, info, parts, replacements)
@@ -120,6 +122,7 @@ def _report_part(
     storage: Storage,
     part: int,
     num_units: int,
+    schema: Any,
     replacements: Replacements,
     builder: ReportBuilder,
     executor: Executor,
@@ -130,10 +133,10 @@ def _report_part(
     totals = RunTotals(parts=1)
     with _scratch_file() as index:
         # Closed in any case: a writer that outlives its file complains at the end of the process.
-        with closing(BufferedWriter(index, _INDEX_SCHEMA)) as writer:
+        with closing(BufferedWriter(index, schema)) as writer:
             for read in gathered(executor.map_ordered(read_chunk, unit_chunks(storage, part, num_units))):
                 rows = read.rows
-                writer.write(rows.select(_INDEX_SCHEMA.names).cast(_INDEX_SCHEMA))
+                writer.write(rows.select(schema.names).cast(schema))
                 builder.add(_current(rows, replaced))
                 pixels = pc.sum(pc.multiply(rows["height"].cast(pa.int64()), rows["width"])).as_py()
                 totals += RunTotals(0, read.num_units, rows.num_rows, pixels or 0, read.num_bytes)

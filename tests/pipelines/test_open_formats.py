@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from archive import CLASSES, make_model, ok, predict, write_scene
+from archive import CLASSES, make_model, ok, predict, run, write_scene
 from PIL import Image
 
 
@@ -24,6 +24,12 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_scene(folder / "in/nowhere.tif", 60, 70, pixel_m=None)
     ok(predict(folder / "in", model, folder / "run", block_px=64, unit_px=8000))
     return folder / "run/masks"
+
+
+@pytest.fixture(params=["masks", "index"])
+def footprints(request: pytest.FixtureRequest, masks: Path) -> Path:
+    """Either folder of the run that has footprints."""
+    return masks.parent / str(request.param)
 
 
 def test_pyarrow_reads_the_folder_as_one_dataset(masks: Path) -> None:
@@ -46,15 +52,15 @@ def test_pandas_reads_rows_and_masks_open_as_images(masks: Path) -> None:
         assert counts[:255].sum() == row["valid_px"]
 
 
-def test_geoparquet_metadata_and_footprints_agree(masks: Path) -> None:
-    metadata = ds.dataset(masks, format="parquet").schema.metadata
+def test_geoparquet_metadata_and_footprints_agree(footprints: Path) -> None:
+    metadata = ds.dataset(footprints, format="parquet").schema.metadata
     geo = json.loads(metadata[b"geo"])
     assert geo["version"] == "1.1.0"
     column = geo["columns"][geo["primary_column"]]
     assert column["encoding"] == "WKB"
     assert "Polygon" in column["geometry_types"]
     covering = column["covering"]["bbox"]
-    for row in pq.read_table(masks).to_pylist():
+    for row in pq.read_table(footprints).to_pylist():
         if row["scene_id"] == "nowhere":
             assert row["geometry"] is None
             assert row["bbox"] is None
@@ -73,33 +79,54 @@ def test_geoparquet_metadata_and_footprints_agree(masks: Path) -> None:
         assert 45.0 < points[:, 1].mean() < 45.3
 
 
-def test_geopandas_opens_the_footprints(masks: Path) -> None:
+def test_geopandas_opens_the_footprints(footprints: Path) -> None:
     geopandas = pytest.importorskip("geopandas", reason="geopandas is not installed")
-    frame = geopandas.read_parquet(masks)
+    frame = geopandas.read_parquet(footprints)
     assert str(frame.crs) in ("OGC:CRS84", "EPSG:4326")
     assert frame[frame.scene_id == "placed"].geometry.is_valid.all()
 
 
-def test_hugging_face_features_name_every_column(masks: Path) -> None:
-    dataset = ds.dataset(masks, format="parquet")
+def test_the_index_has_the_footprints_of_the_masks(masks: Path) -> None:
+    columns = ["scene_id", "row_off", "col_off", "geometry", "bbox"]
+    index = pq.read_table(masks.parent / "index", columns=columns).to_pylist()
+    assert index == pq.read_table(masks, columns=columns).to_pylist()
+
+
+def test_hugging_face_features_name_every_column(footprints: Path) -> None:
+    dataset = ds.dataset(footprints, format="parquet")
     features = json.loads(dataset.schema.metadata[b"huggingface"])["info"]["features"]
     assert list(features) == dataset.schema.names
-    assert features["mask"] == {"_type": "Image"}
     assert features["scene_id"] == {"_type": "Value", "dtype": "string"}
+
+
+def test_hugging_face_opens_masks_as_images(masks: Path) -> None:
+    metadata = ds.dataset(masks, format="parquet").schema.metadata
+    features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    assert features["mask"] == {"_type": "Image"}
     datasets = pytest.importorskip("datasets", reason="the datasets package is not installed")
     loaded = datasets.load_dataset("parquet", data_dir=str(masks), split="train")
     assert loaded[0]["mask"].mode == "L"
 
 
 def test_every_object_names_its_recipe_and_its_classes_with_colours(masks: Path) -> None:
-    run = json.loads((masks.parent / "run.json").read_text())
-    for path in masks.rglob("*.parquet"):
+    asked = json.loads((masks.parent / "run.json").read_text())
+    paths = [path for folder in (masks, masks.parent / "index") for path in folder.rglob("*.parquet")]
+    assert paths[-1].parent.name == "index"
+    for path in paths:
         metadata = pq.read_schema(path).metadata
-        assert metadata[b"segpipe.recipe_key"].decode() == run["recipe_key"]
+        assert metadata[b"segpipe.recipe_key"].decode() == asked["recipe_key"]
         classes = json.loads(metadata[b"segpipe.classes"])
         assert [(entry["name"], tuple(entry["color"])) for entry in classes] == [
             (info.name, info.color) for info in CLASSES
         ]
+
+
+def test_the_index_is_made_again_to_the_same_bytes(masks: Path) -> None:
+    index = masks.parent / "index/part-00000.parquet"
+    before = index.read_bytes()
+    index.unlink()
+    ok(run("report", masks.parent))
+    assert index.read_bytes() == before
 
 
 def test_objects_hold_nothing_of_this_machine_or_moment(masks: Path) -> None:
