@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from segpipe.cli.jobs import read_text
-from segpipe.cli.output import print_json
+from segpipe.cli.output import print_fields, print_json
 from segpipe.cli.progress import ProgressEvents
-from segpipe.config.prepare import PrepareConfig, load_prepare
+from segpipe.config.prepare import load_prepare
 from segpipe.errors import ConfigError
-from segpipe.pipelines.prepare import Prepared, plan_prepare, run_prepare
+from segpipe.pipelines.prepare import Prepared, PreparePlan, plan_prepare, run_prepare
 from segpipe.wording import counted
 
 
@@ -27,10 +26,10 @@ def prepare_command(
     config = load_prepare(
         read_text(config_uri), {**flags, **_split_flags(splits)}, sets, config_uri or "flags"
     )
-    if dry_run:
-        _print_plan(config, as_json)
-        return 0
     with ProgressEvents() as events:
+        if dry_run:
+            _print_plan(config.layout, plan_prepare(config, events), as_json)
+            return 0
         done = run_prepare(config, events)
     _print_prepared(done, as_json)
     return 0
@@ -51,24 +50,16 @@ def _split_flags(splits: list[str]) -> dict[str, Any]:
     return {"split.fractions": fractions, "split.globs": globs} if splits else {}
 
 
-def _print_plan(config: PrepareConfig, as_json: bool) -> None:
-    shards = plan_prepare(config)
-    samples = Counter[str]()
-    for shard in shards:
-        samples[shard.split] += len(shard.refs)
+def _print_plan(layout: str, plan: PreparePlan, as_json: bool) -> None:
     tree = {
-        "layout": config.layout,
-        "shards": len(shards),
-        "samples": samples.total(),
-        "splits": dict(samples),
-        "source_bytes": sum(ref.size_bytes for shard in shards for ref in shard.refs),
+        "layout": layout,
+        "shards": len(plan.shards),
+        "samples": sum(plan.splits.values()),
+        "splits": plan.splits,
+        "left_out": plan.left_out,
+        "source_bytes": sum(ref.size_bytes for shard in plan.shards for ref in shard.refs),
     }
-    if as_json:
-        print_json(tree)
-        return
-    print(f"{counted(samples.total(), 'sample')} in {counted(len(shards), 'shard')}")
-    for name, count in samples.items():
-        print(f"{name}: {counted(count, 'sample')}")
+    print_fields(tree, as_json)
 
 
 def _print_prepared(done: Prepared, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,6 +39,17 @@ class Prepared:
     """Shards written now; the others were there."""
 
 
+@dataclass(frozen=True, slots=True)
+class PreparePlan:
+    """What ``prepare`` is to make."""
+
+    shards: list[ShardPlan]
+    splits: dict[str, int]
+    """Samples of each split, 0 for one that was asked for and gets none."""
+    left_out: int
+    """Samples that the layout leaves out."""
+
+
 def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
     """Make the data set whole. The same call again goes on where it stopped, to the same bytes.
 
@@ -51,13 +63,13 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
     executor = start_executor(config.cluster, events.warning)
     try:
         with nothing_written():
-            shards, left_out = _plan(config, layout, executor)
+            plan = _plan(config, layout, executor, events)
+            shards, left_out = plan.shards, plan.left_out
             there = _existing_dataset(storage, shards)
         if there is not None:
             again = _replace_lost(storage, config, layout, shards, executor, events)
             return Prepared(config.output, _adopted(storage, config, there, again, events), again)
-        num_samples = sum(len(shard.refs) for shard in shards)
-        events.message(f"{counted(num_samples, 'sample')} in {counted(len(shards), 'shard')}")
+        events.message(f"{counted(sum(plan.splits.values()), 'sample')} in {counted(len(shards), 'shard')}")
         if left_out:
             events.message(f"{counted(left_out, 'sample')} left out: excluded, or in two splits at once")
         metas, written = _make_shards(config, layout, shards, executor, events)
@@ -72,11 +84,6 @@ def run_prepare(config: PrepareConfig, events: Events) -> Prepared:
         )
     if absent := tree["absent_classes"]:
         events.warning(f"classes that never occur in the labels: {few(absent)}")
-    asked = {*config.split.fractions, *config.split.globs}
-    if empty := sorted(asked - {shard.split for shard in shards}):
-        by_ground = config.layout == "archive" and config.split.fractions
-        hint = "; a smaller split.grid_m gives the ground more cells" if by_ground else ""
-        events.warning(f"splits without a sample: {few(empty)}{hint}")
     _warn_of_pixel_sizes(config, tree, events)
     if not storage.put_if_absent(DATASET_KEY, to_json(tree)):
         tree = _adopted(storage, config, _existing_dataset(storage, shards) or tree, written, events)
@@ -131,25 +138,32 @@ def _warn_of_pixel_sizes(config: PrepareConfig, tree: dict[str, Any], events: Ev
         )
 
 
-def plan_prepare(config: PrepareConfig) -> list[ShardPlan]:
+def plan_prepare(config: PrepareConfig, events: Events) -> PreparePlan:
     """List and plan, and write nothing; headers are read in this process."""
     executor = LocalExecutor()
     try:
         with nothing_written():
-            return _plan(config, make_layout(config), executor)[0]
+            return _plan(config, make_layout(config), executor, events)
     finally:
         executor.close()
 
 
-def _plan(config: PrepareConfig, layout: Layout, executor: Executor) -> tuple[list[ShardPlan], int]:
-    """The shards, and how many samples the layout leaves out."""
+def _plan(config: PrepareConfig, layout: Layout, executor: Executor, events: Events) -> PreparePlan:
+    """Plan the shards; warns here of empty splits, before hours of work go into a data set without them."""
     listed = list(_samples(layout, executor, ", ".join(config.sources)))
     kept = [ref for ref in listed if ref.split != LEFT_OUT]
     shards = plan_shards(kept, config)
     if not shards:
         fix = "Look at the exclusions, and at split.grid_m: its cells must be much larger than a chip."
         raise InputError(f"no sample is left of {len(listed)}", ", ".join(config.sources), fix)
-    return shards, len(listed) - len(kept)
+    samples = Counter[str]()
+    for shard in shards:
+        samples[shard.split] += len(shard.refs)
+    if empty := sorted({*config.split.fractions, *config.split.globs} - samples.keys()):
+        by_ground = config.layout == "archive" and config.split.fractions
+        hint = "; a smaller split.grid_m gives the ground more cells" if by_ground else ""
+        events.warning(f"splits without a sample: {few(empty)}{hint}")
+    return PreparePlan(shards, dict(samples) | dict.fromkeys(empty, 0), len(listed) - len(kept))
 
 
 def _samples(layout: Layout, executor: Executor, where: str) -> Iterator[SampleRef]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,47 @@ def test_left_out_chips_and_empty_splits_are_said(tmp_path: Path) -> None:
     assert (tree["samples"], tree["left_out"]) == (8, 1)
     assert "1 sample left out: excluded, or in two splits at once" in heard.lines
     assert "splits without a sample: test" in heard.warnings
+
+
+@pytest.mark.parametrize(
+    ("split", "hint"),
+    [
+        ("val=zzz*", "warning: splits without a sample: val"),
+        ("val=0.000001", "warning: splits without a sample: val; a smaller split.grid_m gives the ground"),
+    ],
+)
+def test_a_dry_run_says_that_a_split_is_empty_and_what_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, hint: str
+) -> None:
+    blank(tmp_path, "a", 96)
+    write_areas(tmp_path / "exclude.geojson", [box(40, -50, 41, -40)], "EPSG:32633")
+    words = ["prepare", "archive", str(tmp_path / "scenes"), "--labels", RASTERS, "--split", split]
+    words += ["--exclude-area", str(tmp_path / "exclude.geojson"), "--dry-run"]
+    words += ["--set", f"classes={json.dumps(CLASSES)}", "--set", "archive.chip_px=32"]
+    for as_json in (False, True):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, *(["--json"] if as_json else [])])
+        out, err = capsys.readouterr()
+        assert err.startswith(hint)
+        if as_json:
+            tree = json.loads(out)
+            assert (tree["splits"], tree["left_out"]) == ({"train": 8, "val": 0}, 1)
+        else:
+            assert "train 8, val 0" in out
+            assert re.search(r"^left_out +1$", out, re.MULTILINE)
+
+
+def test_an_empty_split_is_said_before_any_shard_is_made(tmp_path: Path) -> None:
+    blank(tmp_path, "a", 96)
+    options = SMALL | {"split": {"globs": {"val": ("zzz*",)}}}
+
+    class Impatient(Heard):
+        def warning(self, text: str) -> None:
+            super().warning(f"{len(list((tmp_path / 'out').rglob('*.parquet')))} shards: {text}")
+
+    heard = Impatient()
+    run_prepare(config_of("archive", tmp_path / "scenes", tmp_path / "out", **options), heard)
+    assert heard.warnings[0] == "0 shards: splits without a sample: val"
 
 
 def test_chips_without_label_are_left_out_and_counted(tmp_path: Path) -> None:
