@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from segpipe.config.model import SegpipeConfig
+from segpipe.config.origins import FLAGS, SETS, Fault, Origins
 from segpipe.errors import ConfigError
 from segpipe.wording import few
 
@@ -51,25 +52,29 @@ def load_model_config(
     A text with the one key ``recipe`` holds the configs of several commands, of which ``part`` is taken. An
     override of None is left out: the flag was not given. The value of a set is parsed as YAML. ``where``
     names the text in messages, ``fix`` tells where the keys are described. Raises ``ConfigError`` that lists
-    every fault at once: unknown keys with the nearest valid one, and values that do not fit.
+    every fault at once, each with the source it came from: unknown keys with the nearest valid one, and
+    values that do not fit.
     """
     tree = _part_of(_parse_mapping(text, where), part, where) if text is not None else {}
+    origins = Origins(tree, where)
     for key, value in overrides.items():
         if value is not None:
             _put(tree, key, value)
+            origins.add(key, FLAGS)
     for item in sets:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"{item!r} is no setting", "--set", "Write it as section.key=value.")
+            raise ConfigError(f"{item!r} is no setting", SETS, "Write it as section.key=value.")
         _put(tree, key.strip(), _set_value(model, key.strip(), value))
-    faults = [*_unknown_keys(tree, model, model)]
-    if faults:
-        raise ConfigError("; ".join(faults), where, fix)
+        origins.add(key.strip(), SETS)
+    if faults := [*_unknown_keys(tree, model, model)]:
+        place, what = origins.message(faults)
+        raise ConfigError(what, place, fix)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = _value_faults(model, error.errors(include_url=False))
-        raise ConfigError("; ".join(lines), where, fix) from None
+        place, what = origins.message(_value_faults(model, error.errors(include_url=False)))
+        raise ConfigError(what, place, fix) from None
 
 
 def _part_of(tree: Tree, part: str, where: str) -> Tree:
@@ -96,7 +101,7 @@ def _part_of(tree: Tree, part: str, where: str) -> Tree:
 
 def _set_value(root: type[BaseModel], key: str, value: str) -> Any:
     """The value of a set: YAML, but for a text field other than YAML text counts as it stands."""
-    where = f"--set {key}"
+    where = f"{SETS} {key}"
     if not _takes_text(root, key):
         return _parse_yaml(value, where)
     if value.lstrip().startswith("{"):
@@ -215,11 +220,12 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _unknown_keys(
     tree: Tree, model: type[BaseModel], root: type[BaseModel], prefix: str = ""
-) -> Iterator[str]:
-    """One message for each unknown key. Sections without a value count as left out."""
+) -> Iterator[Fault]:
+    """One fault for each unknown key. Sections without a value count as left out."""
     for name in list(tree):
         if name not in model.model_fields:
-            yield f"unknown key {prefix}{name}{_suggest(name, model, root, prefix)}"
+            hint = _suggest(name, model, root, prefix)
+            yield Fault(prefix + name, f"unknown key {prefix}{name}{hint}")
             continue
         below = _section(model, name)
         if below is None:
@@ -243,19 +249,25 @@ def _suggest(name: str, model: type[BaseModel], root: type[BaseModel], prefix: s
     return f" (the nearest key is {dotted[0]})"
 
 
-def _value_faults(root: type[BaseModel], errors: Sequence[ErrorDetails]) -> list[str]:
-    """One message a key: pydantic names each branch of a union, a reader wants them in one line."""
+def _value_faults(root: type[BaseModel], errors: Sequence[ErrorDetails]) -> list[Fault]:
+    """One fault a key: pydantic names each branch of a union, a reader wants them in one line."""
+    whole: dict[str, Fault] = {}
     reasons: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for error in errors:
         if error["type"] == "value_error":  # a rule of ours, which names its own key
             section = ".".join(str(part) for part in error["loc"])
             rule = str(error.get("ctx", {}).get("error", error["msg"]))
-            reasons.setdefault(f"{section}.{rule}" if section else rule, [])
+            text = f"{section}.{rule}" if section else rule
+            key, _, said = text.partition(": ")
+            whole[text] = Fault(key, text, said)
+            reasons.setdefault(text, [])
             continue
         key = _config_key(root, error["loc"])
         if error["type"] == "missing":
-            reasons.setdefault(f"{key}: is needed", [])
+            text = f"{key}: is needed"
+            whole[text] = Fault("", text)
+            reasons.setdefault(text, [])
             continue
         reasons.setdefault(key, [])
         reason = _reason(error)
@@ -263,7 +275,7 @@ def _value_faults(root: type[BaseModel], errors: Sequence[ErrorDetails]) -> list
             reasons[key].append(reason)
         got[key] = _shorten(error["input"])
     return [
-        f"{key}: must be {' or '.join(words)} (got {got[key]})" if words else key
+        whole.get(key) or Fault(key, f"{key}: must be {' or '.join(words)} (got {got[key]})")
         for key, words in reasons.items()
         if not any(other.startswith(f"{key}[") for other in reasons)  # an item's fault says more
     ]

@@ -101,7 +101,7 @@ def test_all_faults_are_reported_in_one_error_one_line_a_key() -> None:
     assert "inference.compile: must be true or false (got 'maybe')" in message
     assert "inference.batch_size: must be 'auto' or a whole number (got 'x')" in message
     assert "cluster: must be a mapping (got 4)" in message
-    assert "failures.max_fraction: must be at most 1.0 (got 2)" in message
+    assert "; --set: failures.max_fraction: must be at most 1.0 (got 2)" in message
     assert message.startswith("job.yaml: ")
 
 
@@ -120,7 +120,7 @@ def test_infinite_numbers_and_nan_are_refused(key: str, words: str, number: str)
     with pytest.raises(ConfigError) as caught:
         load_train("data: {uri: a}\ntrain: {epochs: 1}\n", {}, [f"{key}={number}"], "job.yaml")
     got = number.replace(".", "")
-    assert str(caught.value).startswith(f"job.yaml: {key}: must be {words} (got {got})")
+    assert str(caught.value).startswith(f"--set: {key}: must be {words} (got {got})")
 
 
 @pytest.mark.parametrize(
