@@ -142,6 +142,5 @@ def load_prepare(
 
     Raises `ConfigError` that names unknown keys and values that do not fit.
     """
-    return load_model_config(
-        PrepareConfig, text, overrides, sets, where, "See docs/prepare.md for all keys.", "prepare"
-    )
+    fix = "See `segpipe config schema --of prepare` for all keys."
+    return load_model_config(PrepareConfig, text, overrides, sets, where, fix, "prepare")

@@ -254,6 +254,5 @@ def load_train(
 
     Raises `ConfigError` that names unknown keys and values that do not fit.
     """
-    return load_model_config(
-        TrainConfig, text, overrides, sets, where, "See docs/train.md for all keys.", "train"
-    )
+    fix = "See `segpipe config schema --of train` for all keys."
+    return load_model_config(TrainConfig, text, overrides, sets, where, fix, "train")

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import re
+import shlex
+from collections.abc import Callable
 
+import pytest
+from typer.testing import CliRunner
+
+from segpipe.cli.main import app
 from segpipe.config.load import load_config
 from segpipe.config.prepare import load_prepare
+from segpipe.config.schema import config_schema
 from segpipe.config.train import load_train
 from segpipe.errors import ConfigError
 
@@ -61,3 +69,14 @@ def test_a_layout_of_a_flag_is_not_told_as_the_file_s() -> None:
         load_prepare(text, {"layout": "voc"}, [], "job.yaml")
     with pytest.raises(ConfigError, match=r"^flags: format: must be 'parquet' or 'tar' \(got 'tarr'\)"):
         load_prepare(text, {"layout": "folder", "format": "tarr"}, [], "job.yaml")
+
+
+@pytest.mark.parametrize(("command", "load"), [("prepare", load_prepare), ("train", load_train)])
+def test_the_advice_names_a_command_that_is_installed_and_shows_the_keys(
+    command: str, load: Callable[..., object]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("{}", {}, [], "job.yaml")
+    (line,) = re.findall(r"See `segpipe (.*?)` for all keys\.$", str(caught.value))
+    shown = CliRunner().invoke(app, shlex.split(line))
+    assert json.loads(shown.output) == config_schema(command)
