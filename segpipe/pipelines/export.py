@@ -116,7 +116,7 @@ def export_run(
 ) -> ExportResult:
     """Write ``<scene_id>.tif`` for every scene of a run, create-only, with its ``.aux.xml`` beside it.
 
-    A scene is taken from its newest part. ``scenes_glob`` picks scene ids (``*`` also matches slashes).
+    A scene is taken from its newest part. ``scenes_glob``: a scene id, or a glob (``*`` matches slashes too).
     ``partial``: export the scenes of an unfinished run that are done, and name the others. ``on_scene`` is
     told of every scene. Raises IncompleteError for an unfinished run, InputError where there is no run or no
     scene matches, StorageError (StorageFull where the scratch folder is too small); then the same call goes
@@ -189,7 +189,8 @@ class _Run:
         return sum(self._wants(name) and name not in replaced for name in names)
 
     def _wants(self, scene_id: str) -> bool:
-        return self._glob is None or fnmatchcase(scene_id, self._glob)
+        """Whether to export it; an id is taken literally too, since ids may hold brackets."""
+        return self._glob is None or scene_id == self._glob or fnmatchcase(scene_id, self._glob)
 
     def tasks(self) -> Iterator[_Task]:
         """Iterate over the work in plan order."""

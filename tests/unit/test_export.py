@@ -286,6 +286,15 @@ def test_a_glob_picks_scenes_and_one_that_matches_none_is_an_error(tmp_path: Pat
         export(run, tmp_path / "out", scenes_glob="z")
 
 
+def test_a_scene_is_picked_by_its_own_id_whatever_its_letters(tmp_path: Path) -> None:
+    name = "Straße [1] #2 %41"
+    run = build_run(str(tmp_path / "run"), [[MadeScene(name), MadeScene("Straße 1 #2 %41")]])
+    _, told = export(run, tmp_path / "out", scenes_glob=name)
+    assert told.keys() == {name, "Straße 1 #2 %41"}
+    _, told = export(run, tmp_path / "others", scenes_glob="Straße [[]*")
+    assert list(told) == [name]
+
+
 def test_a_damaged_object_is_named_and_the_rest_is_exported(tmp_path: Path) -> None:
     run = build_run(str(tmp_path / "run"), [[MadeScene("a", 150, 190), MadeScene("b", 150, 190)]])
     path = tmp_path / "run" / unit_key(0, 0)
