@@ -50,6 +50,20 @@ def test_the_commands_of_the_readme_run_one_after_another(
     assert sorted(path.name for path in (tmp_path / "geotiff").glob("*.tif")) == ["scene0.tif", "scene1.tif"]
 
 
+def test_the_readme_s_filter_keeps_labels_out_of_the_scenes(tmp_path: Path) -> None:
+    """As the README says: without it the labels are scenes too."""
+    write_scene(tmp_path / "archive/scenes/a.tif", 70, 90)
+    write_label(tmp_path / "archive/labels/a.tif", scene_pixels(1, 70, 90)[0] % 2)
+    model = make_model(tmp_path / "model.safetensors")
+    words = ["predict", tmp_path / "archive", "--model", model, "-o", tmp_path / "run", "--dry-run", "--json"]
+    words += ["--executor", "local", "--set", "inference.margin_px=8"]
+    (setting,) = re.findall(r"`--set '(input\.include=.+?)'`", README)
+    assert ok(run(*words)).tree["scenes"] == 2
+    assert ok(run(*words, "--set", setting)).tree["scenes"] == 1
+    named = ("--labels", "{parent}/../labels/{stem}.tif")
+    assert ok(run(*words, *named)).tree["scenes"] == 1
+
+
 def test_the_readme_s_config_is_valid() -> None:
     (text,) = blocks("yaml")
     config = load_config(text, {}, [], "README.md")

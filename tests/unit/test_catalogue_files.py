@@ -42,6 +42,16 @@ def test_a_csv_catalogue_gives_ids_labels_masks_times_and_typed_columns(root: st
     assert set(found[2].extra.values()) == {None}
 
 
+def test_an_empty_cell_says_that_there_is_no_label_and_no_mask_file(root: str) -> None:
+    put(root, "a.tif", "a.tif.msk", "a_label.tif")
+    put(root, "bare.csv", data=b"uri\na.tif\n")
+    put(root, "empty.csv", data=b"uri,label,valid\na.tif,,\n")
+    (bare,) = scenes(f"{root}/bare.csv", labels="{parent}/{stem}_label.tif")
+    assert (bare.label_uri, bare.valid_uri) == (f"{root}/a_label.tif", f"{root}/a.tif.msk")
+    (empty,) = scenes(f"{root}/empty.csv", labels="{parent}/{stem}_label.tif")
+    assert (empty.label_uri, empty.valid_uri) == (None, None)
+
+
 def test_catalogue_types_fit_all_rows_however_late_they_change(root: str) -> None:
     put(root, "a.tif")
     rows = [f"a.tif,s{index:06d},{index},{index}" for index in range(2_000)]
