@@ -12,7 +12,8 @@ from segpipe.masks.ledger import Replacements
 from segpipe.masks.plan import load_part
 from segpipe.masks.read import MaskReader, SceneUnits
 from segpipe.masks.run import list_parts, require_run
-from segpipe.pipelines.predict import make_job, run_job
+from segpipe.pipelines.job import make_job
+from segpipe.pipelines.predict import run_job
 from segpipe.rasters.labels import open_label
 from segpipe.rasters.reader import open_scene
 from segpipe.reports.pictures import draw_scene

@@ -10,7 +10,8 @@ from segpipe.config.load import load_config
 from segpipe.config.model import SegpipeConfig
 from segpipe.errors import ConfigError, nothing_written
 from segpipe.imports import quick_start
-from segpipe.pipelines.predict import DryRun, Outcome, make_job, plan_job, run_job
+from segpipe.pipelines.job import make_job
+from segpipe.pipelines.predict import DryRun, Outcome, plan_job, run_job
 from segpipe.storage import read_uri
 from segpipe.wording import counted
 

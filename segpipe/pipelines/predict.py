@@ -6,7 +6,6 @@ same command goes on after any interruption.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,13 +14,11 @@ from typing import Any
 import numpy as np
 
 from segpipe.config.card import ModelCard
-from segpipe.config.model import SegpipeConfig
-from segpipe.config.recipe import masks_recipe, recipe, recipe_key
+from segpipe.config.recipe import recipe_key
 from segpipe.errors import ConfigError, InputError, StorageError, nothing_written
 from segpipe.inference.memory import return_freed_pages
 from segpipe.masks.plan import PART_SCENES, PlanScene, iter_plan
 from segpipe.masks.run import (
-    SUCCESS_KEY,
     Facts,
     RunInfo,
     adopt,
@@ -29,12 +26,11 @@ from segpipe.masks.run import (
     list_parts,
     read_run,
     refuse_other_folder,
-    require_run,
     take_back,
 )
-from segpipe.models.header import read_card_bytes
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.executor import Executor, start_executor
+from segpipe.pipelines.job import Job
 from segpipe.pipelines.local import LocalExecutor
 from segpipe.pipelines.mask_index import MaskIndex
 from segpipe.pipelines.plan import Inspect, PlanTotals, known_scenes, make_plan, plan_part
@@ -50,33 +46,14 @@ from segpipe.pipelines.resources import (
 from segpipe.pipelines.units import PartUnits, Unit, missing_units
 from segpipe.pipelines.worker import UnitResult, WorkerSetup
 from segpipe.rasters.catalogue import list_scenes
-from segpipe.rasters.labels import parse_label_map
 from segpipe.rasters.scene import SceneSource
 from segpipe.rasters.scene_list import SceneList
-from segpipe.storage import Storage, open_storage, read_uri
+from segpipe.storage import Storage, open_storage
 from segpipe.storage.uris import normalize_root
 from segpipe.versions import versions_of
 from segpipe.wording import Named, counted
 
 _PACKAGES = ("segpipe", "torch", "torchvision", "ray", "pyarrow", "rasterio", "numpy")
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What was asked, checked and read, before anything is started or written."""
-
-    config: SegpipeConfig
-    card: ModelCard
-    model_sha256: str
-    recipe: dict[str, Any]
-    masks: RunInfo | None = None
-    """evaluate --masks: the run whose masks are scored."""
-    masks_uri: str | None = None
-
-    @property
-    def output(self) -> str:
-        assert self.config.output is not None
-        return self.config.output
 
 
 @dataclass(slots=True)
@@ -117,71 +94,6 @@ class DryRun:
     """Of the scenes that are planned already: what is still to be computed."""
     facts: Facts
     pool: Pool
-
-
-def make_job(config: SegpipeConfig, *, masks_uri: str | None = None) -> Job:
-    """Read the model card (or the run whose masks are scored) and make the recipe. Raises InputError."""
-    if config.output is None:
-        raise ConfigError("no output", "output", "Give --output URI.")
-    if not config.input.scenes:
-        raise ConfigError("no input", "input.scenes", "Name scenes, folders, globs or a catalogue.")
-    if masks_uri is not None:
-        with nothing_written():
-            return _make_masks_job(config, masks_uri)
-    if config.model is None:
-        raise ConfigError("no model", "model", "Give --model URI of a model.safetensors.")
-    with nothing_written():
-        data = read_uri(config.model)
-        card, sha256 = read_card_bytes(data, config.model), hashlib.sha256(data).hexdigest()
-    _check_input(config, card)
-    return Job(config, card, sha256, recipe(config, card, sha256))
-
-
-def _make_masks_job(config: SegpipeConfig, masks_uri: str) -> Job:
-    """Read the run whose masks are scored; it must be finished, or holes would stand as failures for good."""
-    if config.model is not None:
-        raise ConfigError("--model and --masks exclude each other", "model", "Give one of them.")
-    storage = open_storage(masks_uri)
-    masks = require_run(storage)
-    if config.output is not None and open_storage(config.output).root == storage.root:
-        raise ConfigError("the output is the run of --masks itself", "output", "Choose another --output.")
-    if masks.masks_uri is not None:
-        raise ConfigError("this run holds scores and no masks", masks_uri, f"Give --masks {masks.masks_uri}.")
-    missing, units = missing_units(storage)
-    if missing:
-        what = f"the run is unfinished: {sum(map(len, missing))} of {counted(units, 'unit')} missing"
-        raise InputError(what, masks_uri, "Run the command that made it again.")
-    if storage.stat(SUCCESS_KEY) is None:
-        what = "the run's masks are there, but not its reports and _SUCCESS"
-        raise InputError(what, masks_uri, f"Write them with `segpipe report {masks_uri}`.")
-    parse_label_map(config.input.label_map, masks.card.num_classes)
-    asked = masks_recipe(masks.recipe_key, config.input.label_map)
-    return Job(_as_made(config, masks), masks.card, masks.model_sha256, asked, masks, storage.root)
-
-
-def _check_input(config: SegpipeConfig, card: ModelCard) -> None:
-    """Refuse what would fail in every scene."""
-    parse_label_map(config.input.label_map, card.num_classes)
-    bands = config.input.bands
-    if bands != "auto" and len(bands) != len(card.bands):
-        raise ConfigError(
-            f"{len(bands)} bands are named, the model takes {len(card.bands)} ({', '.join(card.bands)})",
-            "input.bands",
-            "Name one band of the file for each band of the model.",
-        )
-
-
-def _as_made(config: SegpipeConfig, masks: RunInfo) -> SegpipeConfig:
-    """Return the config with what the masks were made with: no pixel of the scenes is read again."""
-    bands = masks.recipe["bands"]
-    read = {"bands": bands if isinstance(bands, str) else tuple(bands), "valid": "none"}
-    made = {"downsample": masks.recipe["inference"]["downsample"]}
-    return config.model_copy(
-        update={
-            "input": config.input.model_copy(update=read),
-            "inference": config.inference.model_copy(update=made),
-        }
-    )
 
 
 def run_job(job: Job, events: Events, *, need_labels: bool = False) -> Outcome:

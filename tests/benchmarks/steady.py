@@ -31,6 +31,7 @@ _SCRIPT = """
 import sys, time
 from segpipe.config.load import load_config
 from segpipe.pipelines import predict
+from segpipe.pipelines.job import make_job
 from segpipe.pipelines.events import Events
 from segpipe.pipelines.worker import UNITS_IN_FLIGHT
 
@@ -43,7 +44,7 @@ class Watch(Events):
 flags = {"input.scenes": [sys.argv[2]], "model": sys.argv[1], "output": sys.argv[3]}
 config = load_config(None, flags, ["cluster.executor=local"], "benchmark")
 watch = Watch()
-outcome = predict.run_job(predict.make_job(config), watch)
+outcome = predict.run_job(make_job(config), watch)
 assert outcome.exit_code == 0, outcome
 (begun, _), *rest = watch.ended[: 1 - UNITS_IN_FLIGHT]
 print(sum(px for _, px in rest) / 1e6 / (rest[-1][0] - begun))
