@@ -73,7 +73,7 @@ class _Builder:
         self.labels = parse_template(config.labels, "labels") if config.labels else None
         self.mask_template = parse_template(config.valid, "valid") if "{" in config.valid else None
         self.auto_masks = config.valid == "auto"
-        self.ranked = False
+        self.ranked = self.names_files = False
         self.seen: list[str] = []
         self.runs: list[str] = []
         self.schemas: list[tuple[str, pa.Schema]] = []
@@ -83,6 +83,7 @@ class _Builder:
     def build(self, need_labels: bool) -> SceneList:
         inputs = _look_at_all(self.config.scenes)
         self.ranked = any(source.kind == "catalogue" for source in inputs)
+        self.names_files = self.ranked or any(source.kind == "list_file" for source in inputs)
         for rank, source in enumerate(inputs):
             if self.output and f"{source.uri.rstrip('/')}/".startswith(self.output):
                 raise InputError("the input lies in the output", source.text, "Choose another --output.")
@@ -125,7 +126,7 @@ class _Builder:
         storage = open_storage(source.base)
         root = storage.root
         for page in list_objects(source):
-            self.spool.add_objects(root, (info for info in page if self._may_be_sidecar(info)))
+            self.spool.add_objects(root, (info for info in page if self._may_be_named(info)))
             for info in page:
                 uri = join_uri(root, info.key)
                 if is_run_file(storage, info):
@@ -135,10 +136,11 @@ class _Builder:
                     self._add(Draft(scene_id_of(info.key), uri, version, rank, listed=True))
         self.seen.append(f"{root.rstrip('/')}/{source.prefix}")
 
-    def _may_be_sidecar(self, info: ObjectInfo) -> bool:
+    def _may_be_named(self, info: ObjectInfo) -> bool:
+        """Whether a list file, a catalogue or a template may name it: below `seen` these are all known."""
         if not is_unicode(info.key):
             return False  # the database takes no such name, and no template gives one
-        if self.labels is not None or self.mask_template is not None:
+        if self.names_files or self.labels is not None or self.mask_template is not None:
             return True
         return self.auto_masks and info.key.endswith(MASK_SUFFIX)
 

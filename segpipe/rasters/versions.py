@@ -40,8 +40,8 @@ class Missing:
 def pin_versions(spool: Spool, role: Role, seen: list[str]) -> Missing:
     """Give each object of a role its version; returns those that are not there.
 
-    ``seen``: beginnings of URIs below which every object stands in the spool; folders listed here are added.
-    An optional mask that is not there is taken out of its scene silently.
+    ``seen``: beginnings of URIs below which every object that may be wanted stands in the spool; folders
+    listed here are added. An optional mask that is not there is taken out of its scene silently.
     """
     missing = Missing()
     for folder, count in spool.crowded_folders(role, _LIST_FROM):

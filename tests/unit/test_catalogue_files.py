@@ -140,6 +140,18 @@ def test_inputs_keep_their_order_beside_a_catalogue(root: str) -> None:
     assert ids(f"{root}/z", f"{root}/c/cat.csv") == ["a", "b", "y", "x"]
 
 
+def test_what_a_list_or_a_catalogue_names_in_a_folder_that_is_an_input_too_is_found(root: str) -> None:
+    put(root, "a/s0.tif", "a/one.tif", "a/sub/three.tif", "a/truth.bin", "b/two.tif")
+    put(root, "a/list.txt", data=b"s0.tif\nsub/three.tif\n")
+    put(root, "cat.csv", data=b"uri,label,valid\nb/two.tif,a/truth.bin,a/sub/three.tif\n")
+    assert ids(f"{root}/a/list.txt", f"{root}/a") == ["one", "s0", "sub/three"]
+    assert ids(f"{root}/a/*.tif", f"{root}/a/list.txt") == ["one", "s0", "sub/three"]
+    *_, found = scenes(f"{root}/a/*e.tif", f"{root}/cat.csv", need_labels=True)
+    assert (found.label_uri, found.valid_uri) == (f"{root}/a/truth.bin", f"{root}/a/sub/three.tif")
+    put(root, "a/list.txt", data=b"s0.tif\ngone.tif\n")
+    assert f"no such file: {root}/a/gone.tif" in fault(f"{root}/a", f"{root}/a/list.txt")
+
+
 def test_an_empty_label_cell_means_no_counts_even_beside_a_template(root: str) -> None:
     put(root, "a.tif", "b.tif", "a.png", "b.png")
     put(root, "cat.csv", data=b"uri,label\na.tif,\nb.tif,a.png\n")
