@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
+from segpipe.errors import StorageRefused
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import printable
 from segpipe.rasters.spool import Role, Spool
@@ -51,7 +52,10 @@ def pin_versions(spool: Spool, role: Role, seen: list[str]) -> Missing:
     with ThreadPoolExecutor(_THREADS) as pool:
         for page in spool.unpinned(role):
             beginnings = tuple(seen)
-            asked = [uri for _, _, uri, _, known in page if known is None and not uri.startswith(beginnings)]
+            asked: dict[str, bool] = {}  # by URI, whether it may be lacking
+            for _, _, uri, optional, known in page:
+                if known is None and not uri.startswith(beginnings):
+                    asked[uri] = role == "valid" and optional and asked.get(uri, True)
             answers = dict(zip(asked, _ask(asked, pool), strict=True))
             pinned, absent = [], []
             for n, scene_id, uri, optional, known in page:
@@ -67,22 +71,38 @@ def pin_versions(spool: Spool, role: Role, seen: list[str]) -> Missing:
 
 
 def _list_into(spool: Spool, folder: str, most: int) -> bool:
-    """List a folder into the spool; False where it holds so much more that asking one by one is better."""
+    """List a folder into the spool.
+
+    False where it may not be listed, or holds so much more that asking one by one is better.
+    """
     count = 0
     storage = open_storage(folder)
-    for page in storage.list():
-        spool.add_objects(storage.root, page)
-        count += len(page)
-        if count > most:
-            return False
+    try:
+        for page in storage.list():
+            spool.add_objects(storage.root, page)
+            count += len(page)
+            if count > most:
+                return False
+    except StorageRefused:  # what is public to read need not be public to list
+        return False
     return True
 
 
-def _ask(uris: Sequence[str], pool: ThreadPoolExecutor) -> Iterator[Version | None]:
+def _ask(asked: Mapping[str, bool], pool: ThreadPoolExecutor) -> Iterator[Version | None]:
     """The version of each, in order; remote ones side by side."""
-    if any(scheme_of(uri) != "file" for uri in uris):
-        return pool.map(_stat, uris)
-    return map(_stat, uris)
+    if any(scheme_of(uri) != "file" for uri in asked):
+        return pool.map(_version, asked.keys(), asked.values())
+    return map(_version, asked.keys(), asked.values())
+
+
+def _version(uri: str, optional: bool) -> Version | None:
+    try:
+        return _stat(uri)
+    except StorageRefused:
+        # S3 says 403 for what is not there to those who may not list; a local refusal tells of a file.
+        if optional and scheme_of(uri) != "file":
+            return None
+        raise
 
 
 def _stat(uri: str) -> Version | None:
