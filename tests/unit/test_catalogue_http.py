@@ -20,6 +20,8 @@ class _Server(http.server.ThreadingHTTPServer):
     """Has every ``.tif`` and answers ``lacking`` for all else, its folders among them."""
 
     lacking = 403
+    links = b""
+    """The page of its folder, where it has one."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -34,8 +36,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         found = self.path.endswith(".tif")
-        self.send_response(200 if found else self.server.lacking)
-        body = b"pixels" if found else b""
+        links = self.path.strip("/") == "in" and self.server.links
+        self.send_response(200 if found or links else self.server.lacking)
+        body = b"pixels" if found else links or b""
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
@@ -56,16 +59,26 @@ def server() -> Iterator[_Server]:
         server.shutdown()
 
 
+@pytest.mark.parametrize("lacking", [403, 404])
 @pytest.mark.parametrize("count", [1, MANY])
 def test_objects_that_may_be_read_and_not_listed_are_scenes_without_masks(
-    server: _Server, tmp_path: Path, count: int
+    server: _Server, tmp_path: Path, count: int, lacking: int
 ) -> None:
+    server.lacking = lacking
     names = [f"{server.uri}/s{index:02d}.tif" for index in range(count)]
     put(str(tmp_path), "list.txt", data="\n".join(names).encode())
     found = scenes(str(tmp_path / "list.txt"))
     assert [source.uri for source in found] == names
     assert {source.valid_uri for source in found} == {None}
     assert all(source.version.size_bytes == len(b"pixels") for source in found)
+
+
+def test_a_page_of_links_hides_no_file_that_it_leaves_out(server: _Server, tmp_path: Path) -> None:
+    server.links = b'<a href="s00.tif">the newest</a>'
+    names = [f"{server.uri}/s{index:02d}.tif" for index in range(MANY)]
+    put(str(tmp_path), "list.txt", data="\n".join(names).encode())
+    versions = [source.version for source in scenes(str(tmp_path / "list.txt"))]
+    assert [version.size_bytes for version in versions] == [len(b"pixels")] * MANY
 
 
 def test_a_mask_that_a_catalogue_names_and_the_store_refuses_is_an_error(
