@@ -98,7 +98,7 @@ def open_catalogue(uri: str, version: Version) -> CatalogueFile:
             with _opened(uri, version) as file:
                 schema = pq.ParquetFile(pa.PythonFile(file, mode="r")).schema_arrow
             columns = schema.names
-            extra = pa.schema([(item.name, _plain(item)) for item in schema if item.name not in OWN_COLUMNS])
+            extra = pa.schema([_plain_field(item) for item in schema if item.name not in OWN_COLUMNS])
     doubled = sorted({name for name in columns if columns.count(name) > 1})
     if doubled:
         raise InputError(f"two columns are called {doubled[0]!r}", uri, "Rename one.")
@@ -222,15 +222,35 @@ def _typed(batch: pa.RecordBatch, extra: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _plain(item: pa.Field) -> pa.DataType:
-    """The type under which a Parquet column is carried: times in microseconds, no dictionaries."""
-    kind = item.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_timestamp(kind):
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type under which a Parquet column is carried, at any depth.
+
+    Times in microseconds, since Python has no finer ones; no dictionaries, no extensions. Views of lists stay
+    as they are: Arrow cannot cast them.
+    """
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(kind.storage_type)
+    if types.is_timestamp(kind):
         return pa.timestamp("us", kind.tz)
-    if pa.types.is_time(kind):
+    if types.is_time(kind):
         return pa.time64("us")
-    if pa.types.is_duration(kind):
+    if types.is_duration(kind):
         return pa.duration("us")
+    if types.is_struct(kind):
+        return pa.struct([_plain_field(item) for item in kind])
+    if types.is_map(kind):
+        return pa.map_(_plain(kind.key_type), _plain(kind.item_type), kind.keys_sorted)
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    if types.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if types.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
     return kind
+
+
+def _plain_field(item: pa.Field) -> pa.Field:
+    return pa.field(item.name, _plain(item.type))

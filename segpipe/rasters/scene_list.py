@@ -187,9 +187,12 @@ def _pack(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
-        return {str(name): _pack(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
+        packed = {str(name): _pack(item) for name, item in value.items()}
+        return {_MARK: "dict", "value": packed} if _MARK in packed else packed
+    if isinstance(value, list):
         return [_pack(item) for item in value]
+    if isinstance(value, tuple):  # an entry of a map, which Arrow takes as nothing else
+        return {_MARK: "tuple", "value": [_pack(item) for item in value]}
     if isinstance(value, bytes):
         return {_MARK: "bytes", "value": value.hex()}
     if isinstance(value, dt.timedelta):
@@ -197,7 +200,8 @@ def _pack(value: Any) -> Any:
         return {_MARK: "timedelta", "value": microseconds}
     if isinstance(value, dt.datetime | dt.date | dt.time | Decimal):
         text = str(value) if isinstance(value, Decimal) else value.isoformat()
-        return {_MARK: type(value).__name__, "value": text}
+        name = "datetime" if isinstance(value, dt.datetime) else type(value).__name__  # or pandas' own
+        return {_MARK: name, "value": text}
     raise InputError(
         f"a catalogue column holds values of type {type(value).__name__}", "", "Drop the column."
     )
@@ -210,6 +214,8 @@ _UNPACK: Final[dict[str, Any]] = {
     "date": dt.date.fromisoformat,
     "time": dt.time.fromisoformat,
     "Decimal": Decimal,
+    "tuple": lambda items: tuple(map(_unpack, items)),
+    "dict": lambda items: {name: _unpack(item) for name, item in items.items()},
 }
 
 

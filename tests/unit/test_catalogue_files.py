@@ -17,7 +17,7 @@ from rasters import AUTO, noise, write_tiff
 from scene_inputs import fault, ids, put, scenes
 
 from segpipe.config.model import InputConfig
-from segpipe.masks.plan import PlanScene, row_of_scene
+from segpipe.masks.plan import PlanScene, encode_part, row_of_scene
 from segpipe.rasters.catalogue import list_scenes
 from segpipe.rasters.header import inspect_scene
 
@@ -119,6 +119,36 @@ def test_a_parquet_catalogue_keeps_its_types(tmp_path: Path) -> None:
         "kind": "u",
     }
     assert first.extra["price"] is None
+
+
+def test_maps_and_times_within_others_are_carried_into_the_plan(tmp_path: Path) -> None:
+    put(str(tmp_path), "a.tif", "b.tif")
+    when = dt.datetime(2024, 5, 1, 10, 30, 0, 250)
+    finest = pa.timestamp("ns")
+    inner = pa.struct([("t", finest), ("all", pa.list_(finest)), ("$type", pa.string())])
+    values = {
+        "counts": ([("roof", 3), ("road", None)], pa.map_(pa.string(), pa.int64())),
+        "when": ([("start", when)], pa.map_(pa.string(), finest)),
+        "inner": ({"t": when, "all": [when, None], "$type": "flight"}, inner),
+        "few": ([when], pa.list_(finest, 1)),
+        "views": ([when], pa.list_view(finest)),
+        "large": ([when], pa.large_list(finest)),
+        "hours": ({"at": dt.time(1, 2, 3)}, pa.struct([("at", pa.time64("ns"))])),
+    }
+    columns = {name: pa.array([value, None], kind) for name, (value, kind) in values.items()}
+    columns["kinds"] = pa.ListArray.from_arrays([0, 2, 2], pa.array(["u", "r"]).dictionary_encode())
+    columns["code"] = pa.array([b"0123456789abcdef", None], pa.uuid())
+    wanted = {name: value for name, (value, _) in values.items()}
+    wanted |= {"kinds": ["u", "r"], "code": b"0123456789abcdef"}
+    pq.write_table(pa.table({"uri": ["a.tif", "b.tif"]} | columns), tmp_path / "cat.parquet")
+    config = InputConfig(scenes=(f"{tmp_path}/cat.parquet",))
+    with list_scenes(config, None, need_labels=False) as found:
+        planned = [PlanScene(source, None) for page in found.pages() for source, _ in page]
+        part = encode_part(planned, found.extra_schema)
+    assert planned[0].source.extra == wanted
+    first, second = pq.read_table(pa.BufferReader(part)).select(list(wanted)).to_pylist()
+    assert first == wanted
+    assert set(map(str, second.values())) <= {"None", "[]"}
 
 
 def test_the_time_of_a_catalogue_goes_before_that_of_the_file(tmp_path: Path) -> None:

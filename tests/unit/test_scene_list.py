@@ -146,7 +146,18 @@ SCALARS = (
 )
 
 
-@given(st.dictionaries(st.text(max_size=5), SCALARS | st.lists(SCALARS, max_size=3), max_size=4))
+NESTED = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(st.tuples(inner, inner), max_size=2)
+        | st.dictionaries(st.sampled_from(["$type", "value", "a"]), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), NESTED, max_size=4))
 def test_further_columns_come_back_with_their_types(extra: Mapping[str, Any]) -> None:
     back = load_extra(dump_extra(dict(extra)))
     assert back == extra
