@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -71,7 +71,8 @@ class ExportResult:
     damaged: Named = field(default_factory=Named)
     """Scenes left out because an object of theirs is damaged."""
     conflict: Named = field(default_factory=Named)
-    """Scenes whose file was there before, made from other masks; it was left as it is."""
+    """Scenes whose file was there before, made from other masks, and left as it is; or whose name is too long
+    for the output."""
 
     @property
     def exit_code(self) -> int:
@@ -230,20 +231,15 @@ class _OpenUnit:
     def get(self, unit: int) -> StoredUnit:
         """Return the open object of ``unit`` and close the one before."""
         if self._stored is None or unit != self._unit:
-            self._close()
+            self.close()
             self._stored, self._unit = StoredUnit(self._storage, self._part, unit), unit
         return self._stored
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close what is open; may be called again."""
         if self._stored is not None:
             self._stored.close()
             self._stored = None
-
-    def __enter__(self) -> _OpenUnit:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
 
 
 class _Exporter:
@@ -261,8 +257,16 @@ class _Exporter:
 
     def export(self, task: _Task) -> list[SceneExport]:
         """Export the scenes of one task; faults of single scenes are outcomes."""
-        with _OpenUnit(self._storage, task.part) as opened:
-            return [self._export_scene(task, scene, opened) for scene in task.scenes]
+        with closing(_OpenUnit(self._storage, task.part)) as opened:
+            return [self._export_or_name(task, scene, opened) for scene in task.scenes]
+
+    def _export_or_name(self, task: _Task, scene: PlanScene, opened: _OpenUnit) -> SceneExport:
+        """Export a scene; one whose name is too long for the output is an outcome, no end of the export."""
+        try:
+            return self._export_scene(task, scene, opened)
+        except InputError as error:
+            self._output.stat("any.tif")  # raises where the output itself is at fault
+            return SceneExport(scene.source.scene_id, "conflict", str(error))
 
     def _export_scene(self, task: _Task, scene: PlanScene, opened: _OpenUnit) -> SceneExport:
         scene_id = scene.source.scene_id

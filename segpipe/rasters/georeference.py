@@ -13,7 +13,7 @@ from rasterio.errors import CRSError
 from rasterio.transform import from_gcps
 from rasterio.warp import transform as project
 
-from segpipe.errors import ObjectMissing, StorageRefused
+from segpipe.errors import InputError, ObjectMissing, StorageRefused
 from segpipe.geometry import georef
 from segpipe.geometry.georef import Bbox, Located, Point, Transform
 from segpipe.geometry.grid import Window
@@ -89,7 +89,8 @@ def of_sidecar(uri: str) -> Located:
         if info is None or info.size_bytes > AUX_BYTES:
             return None, None
         return parse_aux(storage.read_range(key, 0, AUX_BYTES))
-    except (ObjectMissing, StorageRefused):  # S3 says 403 for what is not there to those who may not list
+    except (ObjectMissing, StorageRefused, InputError):
+        # S3 says 403 for what is not there to those who may not list; a long name has no room for a suffix.
         return None, None
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
-from segpipe.errors import StorageRefused
+from segpipe.errors import InputError, StorageRefused
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import printable
 from segpipe.rasters.spool import Role, Spool
@@ -105,6 +105,10 @@ def _version(uri: str, optional: bool) -> Version | None:
     except StorageRefused:
         # S3 says 403 for what is not there to those who may not list; a local refusal tells of a file.
         if optional and scheme_of(uri) != "file":
+            return None
+        raise
+    except InputError:  # a long name has no room for a suffix
+        if optional:
             return None
         raise
 

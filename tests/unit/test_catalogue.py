@@ -267,6 +267,15 @@ def test_a_msk_file_beside_a_scene_is_its_mask_only_in_auto(root: str) -> None:
     assert [source.valid_uri for source in scenes(root, valid="none")] == [None, None]
 
 
+def test_a_name_with_no_room_for_a_suffix_is_that_of_a_scene_without_mask(tmp_path: Path) -> None:
+    name = "x" * 250
+    put(str(tmp_path), f"{name}.tif", "a.tif", "a.tif.msk")
+    put(str(tmp_path), "list.txt", data=f"{name}.tif\na.tif\n".encode())
+    assert [source.valid_uri for source in scenes(f"{tmp_path}/{name}.tif")] == [None]
+    for text in (f"{tmp_path}", f"{tmp_path}/list.txt"):
+        assert [source.valid_uri for source in scenes(text)] == [f"{tmp_path}/a.tif.msk", None]
+
+
 def test_a_mask_template_must_find_its_files(root: str) -> None:
     put(root, "in/a.tif", "in/b.tif", "in/a_ok.tif")
     assert "no mask for 1 of 2 scenes" in fault(root, valid="{parent}/{stem}_ok.tif")

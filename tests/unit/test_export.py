@@ -242,6 +242,20 @@ def test_a_file_made_from_other_masks_is_left_and_named(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a.tif").read_bytes() == before
 
 
+@pytest.mark.parametrize("length", [245, 250, 251])  # .tif.aux.xml has no room; nor has .tif
+def test_a_name_too_long_for_the_output_is_told_and_the_rest_is_exported(tmp_path: Path, length: int) -> None:
+    scenes = [MadeScene("a"), MadeScene("x" * length), MadeScene("y")]
+    run = build_run(str(tmp_path / "run"), [scenes])
+    for done in ((2, 0), (0, 2)):
+        result, told = export(run, tmp_path / "out")
+        assert (result.exported, result.already_there, result.exit_code) == (*done, 4)
+        assert told["x" * length].outcome == "conflict"
+        assert "file name too long" in told["x" * length].reason
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tif")) == ["a.tif", "y.tif"]
+    with pytest.raises(InputError, match="file name too long"):
+        export(run, tmp_path / ("o" * 256))
+
+
 @pytest.mark.parametrize(
     ("change", "outcome"), [({"block_px": 96}, "already_there"), ({"precision": "bf16"}, "conflict")]
 )

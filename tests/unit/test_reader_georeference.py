@@ -120,6 +120,13 @@ def test_aux_xml_counts_only_for_a_raster_without_its_own_georeference(tmp_path:
 # --- ground pixel size
 
 
+def test_a_name_with_no_room_for_aux_xml_is_that_of_a_raster_without_georeference(tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 248}.png"
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(path)
+    header = inspect_scene(source_of(path), 3, AUTO)
+    assert (header.crs, header.transform) == (None, None)
+
+
 def test_web_mercator_pixels_are_measured_on_the_ground() -> None:
     # 60 degrees north: the projection doubles lengths (a little less on the ellipsoid)
     y = 8399737.889818357
