@@ -175,8 +175,8 @@ class FsspecStorage:
                 parts = self._fs.cat_ranges([path] * len(spans), starts, ends, on_error="raise")
             else:
                 parts = [self._fs.cat_file(path, start=start, end=end) for start, end in spans]
-            if any(len(part) != end - start for part, (start, end) in zip(parts, spans, strict=True)):
-                raise Transient("short body")
+            for part, (start, end) in zip(parts, spans, strict=True):
+                _check_length(len(part), end - start, where)
             return list(parts)
 
         return self._try(work, where)
@@ -247,6 +247,16 @@ def _explained(work: Callable[[], T], where: str) -> T:
         raise Transient(type(error).__name__) from None
     except Exception as error:
         raise _of_http(error, where) from None
+
+
+def _check_length(found: int, expected: int, where: str) -> None:
+    """A short answer may be whole the next time; a longer one than was asked for comes again and again."""
+    if found > expected:
+        what = f"the server answers {found} bytes where {expected} were asked for"
+        fix = "It must honour range requests: use another server, or copy the files."
+        raise StorageError(what, where, fix)
+    if found < expected:
+        raise Transient(f"short body: {found} of {expected} bytes")
 
 
 def _raise(error: Exception) -> NoReturn:

@@ -107,3 +107,16 @@ def test_a_server_that_fails_or_refuses_is_no_absence(server: _Server) -> None:
     server.answers = [403] * 99
     with pytest.raises(StorageRefused, match="403"):
         open_storage(server.uri).stat("weights.pth")
+
+
+def test_a_server_without_range_requests_is_told_at_once(server: _Server) -> None:
+    storage = open_storage(server.uri)
+    with pytest.raises(StorageError, match=r"100 bytes where 10 .* must honour range requests: .*\.$"):
+        storage.read_ranges("weights.pth", [(0, 10), (50, 10)])
+    assert server.asked <= 4  # what it is, and one answer a range
+    assert storage.read_range("weights.pth", 0, 200) == BODY  # the whole object needs no range
+
+
+def test_a_range_that_is_cut_short_is_asked_for_again(server: _Server) -> None:
+    server.answers = [200, 0]
+    assert open_storage(server.uri).read_range("weights.pth", 0, len(BODY)) == BODY
