@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from segpipe.masks.ledger import Line
@@ -20,6 +22,9 @@ _PLAN_DAMAGED = (
     "without a copy start anew with another --output."
 )
 
+_COLUMNS = ("blocks that are", "scenes", "units", "blocks", "Mpx", "km2", "Mpx of unknown size")
+_WIDEST = 1_000
+
 _SUCCESS = {
     "right": None,
     "absent": "_SUCCESS is not there yet: the same command again writes it.",
@@ -31,15 +36,8 @@ _SUCCESS = {
 def render_ledger(verification: Verification, console: Console) -> None:
     """Print what became of every block of the plan, what is wrong by name, and the verdict."""
     ledger = verification.ledger
-    table = Table(title=f"Coverage of {escape(verification.root)}", title_justify="left")
-    table.add_column("blocks that are")
-    for name in ("scenes", "units", "blocks", "Mpx", "km2", "Mpx of unknown size"):
-        table.add_column(name, justify="right")
-    for line in ledger.ordered():
-        table.add_row(*_cells(line))
-    table.add_section()
-    table.add_row(*_cells(ledger.planned))
-    console.print(table)
+    console.print(f"Coverage of {escape(verification.root)}", style="italic", highlight=False, soft_wrap=True)
+    _print_table([_cells(line) for line in ledger.ordered()], _cells(ledger.planned), console)
     sources = ", ".join(f"{escape(name)} {count:,}" for name, count in sorted(ledger.sources.items()))
     if sources:
         console.print(f"Scenes by what says which pixels are data: {sources}.")
@@ -59,11 +57,27 @@ def render_ledger(verification: Verification, console: Console) -> None:
     console.print(_PLAN_DAMAGED if verification.plan_damaged else _VERDICTS[verification.exit_code])
 
 
+def _print_table(lines: list[list[str]], planned: list[str], console: Console) -> None:
+    """Print every cell whole: a terminal that is narrow gets headers that wrap, a pipe the width it takes."""
+    table = Table(box=box.HORIZONTALS, pad_edge=False, collapse_padding=True)
+    for name, *cells in zip(_COLUMNS, *lines, planned, strict=True):
+        justify: JustifyMethod = "right" if table.columns else "left"
+        table.add_column(name, justify=justify, overflow="fold", min_width=max(map(len, cells)))
+    for cells in lines:
+        table.add_row(*map(escape, cells))
+    table.add_section()
+    table.add_row(*map(escape, planned))
+    needed = Measurement.get(console, console.options.update(width=_WIDEST), table)
+    width = min(needed.maximum, console.width) if console.is_terminal else needed.maximum
+    table.width = max(needed.minimum, width)
+    console.print(table, crop=False)
+
+
 def _cells(line: Line) -> list[str]:
     name = line.status if line.kind is None else f"{line.status}: {line.kind}"
     megapixels, unknown = line.pixels / 1e6, line.unknown_px / 1e6
     counts = [f"{count:,}" for count in (line.scenes, line.units, line.blocks)]
-    return [escape(name), *counts, f"{megapixels:,.1f}", f"{line.km2:,.3f}", f"{unknown:,.1f}"]
+    return [name, *counts, f"{megapixels:,.1f}", f"{line.km2:,.3f}", f"{unknown:,.1f}"]
 
 
 def _print_named(console: Console, what: str, named: Named) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import uuid
@@ -19,7 +20,7 @@ from rich.console import Console
 from segpipe.config.recipe import RUN_KEY
 from segpipe.errors import InputError
 from segpipe.masks.codec import encode_mask
-from segpipe.masks.ledger import RunTotals
+from segpipe.masks.ledger import Line, RunTotals
 from segpipe.masks.plan import load_part
 from segpipe.masks.run import SUCCESS_KEY
 from segpipe.masks.schema import mask_schema
@@ -356,3 +357,21 @@ def test_the_table_names_what_is_wrong_and_says_what_to_do(run: MadeRun) -> None
     assert run.key(2) in text
     assert "missing" in text
     assert "the same command again" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_cell_of_the_table_loses_a_character(run: MadeRun, width: int, terminal: bool) -> None:
+    verification = verify_run(run.storage)
+    many = {"scenes": 1_234_567, "units": 234_567, "blocks": 34_567_890, "pixels": 3_900_000_400_000}
+    verification.ledger.lines["failed", "scene_changed"] = Line(
+        "failed", "scene_changed", km2=975_000.125, unknown_px=45_678_900_000, **many
+    )
+    verification.root = f"s3://bucket/{'long/' * 20}run"
+    out = io.StringIO()
+    render_ledger(verification, Console(file=out, width=width, force_terminal=terminal, color_system=None))
+    lines = out.getvalue().splitlines()
+    assert any(verification.root in line for line in lines)
+    cells = "1,234,567 234,567 34,567,890 3,900,000.4 975,000.125 45,678.9"
+    assert f"failed: scene_changed {cells}".split() in [line.split() for line in lines]
+    assert "Mpx of unknown size" in out.getvalue() or (terminal and width < 200)
