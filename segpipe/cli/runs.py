@@ -97,7 +97,7 @@ def export_command(
         (result.failed, "left out: failed blocks"),
         (result.incomplete, "left out: not all of their blocks are done"),
         (result.damaged, "left out: a damaged object"),
-        (result.conflict, "left as they are: other files are there (give another --output)"),
+        (result.conflict, "not written: other files are there (delete them, or give another --output)"),
     ):
         if named.count:
             print(f"{counted(named.count, 'scene')} {what}", file=sys.stderr)

@@ -8,28 +8,24 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO, Final, cast
 
 from segpipe.errors import (
-    InputError,
     ObjectChanged,
     ObjectMissing,
-    StorageError,
-    StorageFull,
     StorageRefused,
 )
 from segpipe.storage.api import PAGE_ITEMS, ObjectInfo, check_key, check_prefix, check_range
+from segpipe.storage.oserrors import explained
 from segpipe.storage.uris import join_uri
 
 TEMP_FOLDER: Final = ".tmp"
 """Folder below the root for files on their way to their name; never listed."""
 
 _COPY_BYTES: Final = 1 << 20
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-_DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_TMPFILE: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
 _NO_PROC_LINK: Final = (errno.ENOENT, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
@@ -63,7 +59,7 @@ class LocalStorage:
     def stat(self, key: str) -> ObjectInfo | None:
         path = self.uri(key)
         try:
-            with _explained(path):
+            with explained(path):
                 found = os.stat(path)
         except ObjectMissing:
             return None
@@ -71,7 +67,7 @@ class LocalStorage:
 
     def read(self, key: str) -> bytes:
         path = self.uri(key)
-        with _explained(path), open(path, "rb") as file:
+        with explained(path), open(path, "rb") as file:
             return file.read()
 
     def read_range(self, key: str, start: int, length: int, etag: str | None = None) -> bytes:
@@ -83,7 +79,7 @@ class LocalStorage:
         path = self.uri(key)
         for start, length in ranges:
             check_range(start, length)
-        with _explained(path), open(path, "rb", buffering=0) as file:
+        with explained(path), open(path, "rb", buffering=0) as file:
             parts = [_pread(file.fileno(), start, length) for start, length in ranges]
             if etag is not None:
                 _check_version(os.fstat(file.fileno()), etag, path)  # after the reads: it covers them all
@@ -91,7 +87,7 @@ class LocalStorage:
 
     def open_range(self, key: str, etag: str | None = None, size_bytes: int | None = None) -> BinaryIO:
         path = self.uri(key)
-        with _explained(path):
+        with explained(path):
             return io.BufferedReader(cast(io.FileIO, _PinnedFile(path, etag)), _COPY_BYTES // 8)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -101,7 +97,7 @@ class LocalStorage:
         target = self.uri(key)
         if os.path.isfile(target):
             return False  # saves a copy of what may be gigabytes
-        with _explained(str(path)), open(path, "rb", buffering=0) as source:
+        with explained(str(path)), open(path, "rb", buffering=0) as source:
             return self._create(target, lambda descriptor: _copy(source, descriptor))
 
     def put(self, key: str, data: bytes) -> None:
@@ -109,14 +105,14 @@ class LocalStorage:
 
     def put_file(self, key: str, path: Path) -> None:
         target = self.uri(key)
-        with _explained(str(path)), open(path, "rb", buffering=0) as source:
+        with explained(str(path)), open(path, "rb", buffering=0) as source:
             self._replace(target, lambda descriptor: _copy(source, descriptor))
 
     def delete(self, key: str) -> None:
         path = self.uri(key)
         if self.stat(key) is None:
             return  # nothing, or a folder, pipe or link to one, which is no object
-        with suppress(ObjectMissing), _explained(path):  # another may have been quicker
+        with suppress(ObjectMissing), explained(path):  # another may have been quicker
             os.unlink(path)
             _sync_folder(os.path.dirname(path))
 
@@ -135,11 +131,11 @@ class LocalStorage:
         """Files below ``folder`` in key order; ``above``: the folders on the way, against loops of links."""
         path = join_uri(self._root, folder)
         try:
-            with _explained(path), os.scandir(path) as entries:
+            with explained(path), os.scandir(path) as entries:
                 found = os.stat(path)
                 # As bytes, which sort as keys do and take half the memory of names with keys beside them.
                 names = [
-                    os.fsencode(entry.name + "/" if entry.is_dir() else entry.name)
+                    os.fsencode(entry.name + "/" if _is_folder_entry(entry) else entry.name)
                     for entry in entries
                     if entry.name.startswith(start) and entry.name != TEMP_FOLDER
                 ]
@@ -157,7 +153,7 @@ class LocalStorage:
                 yield info
 
     def _replace(self, target: str, write: Writer) -> None:
-        with _explained(target):
+        with explained(target):
             _refuse_folder(target)
             _make_folders(os.path.dirname(target))
             temp = self._write_temp(write)
@@ -170,7 +166,7 @@ class LocalStorage:
     def _create(self, target: str, write: Writer) -> bool:
         """Make ``target`` with what ``write`` writes; False where it is there already."""
         folder, name = os.path.split(target)
-        with _explained(target):
+        with explained(target):
             if os.path.isfile(target):
                 return False
             _make_folders(folder)
@@ -249,13 +245,13 @@ class _PinnedFile(io.FileIO):
             raise
 
     def readinto(self, buffer: bytearray) -> int | None:  # type: ignore[override]
-        with _explained(self._path):
+        with explained(self._path):
             count = super().readinto(buffer)
             self._check()
         return count
 
     def readall(self) -> bytes:
-        with _explained(self._path):
+        with explained(self._path):
             data = super().readall()
             self._check()
         return data or b""
@@ -290,6 +286,13 @@ def _link_unnamed(folder: str, folder_descriptor: int, name: str, write: Writer)
         return True
     finally:
         os.close(descriptor)
+
+
+def _is_folder_entry(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _refuse_folder(target: str) -> None:
@@ -371,29 +374,3 @@ def _etag(found: os.stat_result) -> str:
 def _check_version(found: os.stat_result, etag: str, path: str) -> None:
     if _etag(found) != etag:
         raise ObjectChanged("the file changed since it was planned", path, "Run the same command again.")
-
-
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Turn the system's errors into this package's, with the path and what to do."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise _explain(error, path) from error
-
-
-def _explain(error: OSError, path: str) -> Exception:
-    code = error.errno
-    if code in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-        return ObjectMissing("a folder, and no file" if code == errno.EISDIR else "no such file", path)
-    if code in _FULL:
-        return StorageFull("no space left on the device", path, "Free space and run the same command again.")
-    if code in _DENIED:
-        text = (error.strerror or "not permitted").lower()
-        return StorageRefused(text, path, "Check the permissions or choose another place.")
-    if code in (errno.ENAMETOOLONG, errno.ELOOP):
-        return InputError((error.strerror or "bad path").lower(), path, "Choose another name.")
-    what = f"{(error.strerror or str(error)).lower()} (errno {code})"
-    return StorageError(what, path, "Check the disk, then run the same command again.")

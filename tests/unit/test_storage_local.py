@@ -422,3 +422,12 @@ def test_a_folder_is_no_missing_file(store: LocalStorage) -> None:
     store.put("folder/k", b"1")
     with pytest.raises(ObjectMissing, match="a folder, and no file"):
         store.read("folder")
+
+
+def test_a_link_that_leads_to_itself_is_passed_over(store: LocalStorage) -> None:
+    store.put("folder/k", b"1")
+    (Path(store.root) / "folder/loop").symlink_to("loop")
+    assert [info.key for page in store.list() for info in page] == ["folder/k"]
+    assert store.stat("folder/loop") is None
+    with pytest.raises(ObjectMissing, match="leads to itself"):
+        store.read("folder/loop")
