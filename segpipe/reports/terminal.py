@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from segpipe.metrics.scores import OVERALL_SCORES
 from segpipe.reports.html import format_count, format_percent, format_score, visible
@@ -12,6 +12,9 @@ from segpipe.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+_ANY_WIDTH: Final = 1_000_000
 
 
 def print_scores(summary: Mapping[str, Any], console: Console) -> None:
@@ -21,7 +24,7 @@ def print_scores(summary: Mapping[str, Any], console: Console) -> None:
 
     scored = summary["scores"] is not None
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("class", overflow="fold")
+    table.add_column("class", no_wrap=True)
     score_columns = ("iou", "dice", "precision", "recall") if scored else ()
     for name in (*score_columns, *(("label px",) if scored else ()), "mask px", "share"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -31,7 +34,7 @@ def print_scores(summary: Mapping[str, Any], console: Console) -> None:
         cells += [format_count(row["support_px"])] if scored else []
         cells += [format_count(row["px"]), format_percent(row["px"] / valid_px if valid_px else None)]
         table.add_row(Text(visible(row["class"])), *cells)
-    console.print(table)
+    _print_whole(console, table)
     if scored:
         overall = [f"{name} {format_score(summary['scores'][name])}" for name in OVERALL_SCORES]
         _plain(console, "  ".join(overall))
@@ -45,6 +48,19 @@ def print_scores(summary: Mapping[str, Any], console: Console) -> None:
         uncounted = counted(summary["uncounted_label_blocks"], "block")
         _plain(console, f"in none of these counts: the labels of {uncounted} that could not be read")
     _plain(console, _coverage(summary))
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Print all of every cell: a narrow terminal wraps the lines, but a number that is cut is a wrong one."""
+    from rich.measure import Measurement
+
+    width = console.width
+    options = console.options.update(max_width=_ANY_WIDTH)
+    console.width = max(width, Measurement.get(console, options, table).maximum)
+    try:
+        console.print(table)
+    finally:
+        console.width = width
 
 
 def _coverage(summary: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import io
 import re
 from html.parser import HTMLParser
 
+import pytest
 from report_rows import TWO, block, build, compared, failed, pairs
 from rich.console import Console
 
@@ -124,8 +125,8 @@ def test_a_share_is_0_or_100_percent_only_where_it_is() -> None:
     assert format_percent(None) == "–"
 
 
-def printed(reports: Reports) -> str:
-    console = Console(file=io.StringIO(), width=120, color_system=None)
+def printed(reports: Reports, width: int | None = 120) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
     print_scores(reports.summary, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -142,6 +143,25 @@ def test_the_terminal_shows_classes_averages_and_coverage() -> None:
     assert "miou 0.7346" in text
     assert "compared 100 of 120 labelled pixels (83.33%)" in text
     assert "scenes: 2, 1 ok, 1 failed, 1 labelled, not_raster: 1" in text
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, None])
+def test_class_names_and_numbers_are_whole_at_any_width(width: int | None) -> None:
+    side = 2_000_000
+    names = ("background of all that is not listed", "Gebäude und Straßen 道路", "water body, standing")
+    classes = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in names)
+    large = {"height": side, "width": side, "scene_height": side, "scene_width": side, "valid_px": side**2}
+    pixels = [2_819_000_000_001, 1_180_000_000_000, side**2 - 3_999_000_000_001]
+    row = compared("a", pairs(*((index, index, px) for index, px in enumerate(pixels))), class_px=pixels)
+    reports = build([row | large], classes)[0]
+    text = printed(reports, width)
+    assert "…" not in text
+    lines = text.splitlines()
+    for name, px in zip(names, pixels, strict=True):
+        line = next(line for line in lines if line.startswith(name))
+        assert line.removeprefix(name).split()[-3:-1] == [f"{px:,}"] * 2
+        assert line.split()[-7:-3] == ["1.0000"] * 4
+        assert line.endswith("%")
 
 
 def test_the_terminal_tells_of_labels_that_nobody_could_count() -> None:
