@@ -66,7 +66,7 @@ def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
 
     from rich.console import Console
 
-    from segpipe.reports.terminal import print_scores
+    from segpipe.reports.terminal import failure_lines, print_scores
 
     if as_json:
         tree = {
@@ -89,12 +89,14 @@ def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
             file=sys.stderr,
         )
     elif outcome.exit_code == 5:
+        verb = "has" if outcome.failed_scenes == 1 else "have"
         allowed = f"more than failures.max_fraction {outcome.max_fraction:g} allows"
-        print(
-            f"{outcome.failed_scenes} of {outcome.scenes} scenes have failed, {allowed}: see "
-            f"{outcome.uri}/reports/failures.parquet, repair the sources and run again",
-            file=sys.stderr,
-        )
+        scenes = f"{outcome.failed_scenes} of {counted(outcome.scenes, 'scene')}"
+        print(f"{scenes} {verb} failed, {allowed}:", file=sys.stderr)
+        for line in failure_lines(outcome.summary):
+            print(line, file=sys.stderr)
+        reports = f"{outcome.uri}/reports"
+        print(f"all failures: {reports}/failures.parquet, {reports}/report.html", file=sys.stderr)
 
 
 def _result_line(outcome: Outcome) -> str:

@@ -15,6 +15,26 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _ANY_WIDTH: Final = 1_000_000
+_MOST_KINDS: Final = 5
+
+_AGAIN: Final = "run the same command again, which computes what has changed"
+_REPAIR: Final = f"repair the sources and {_AGAIN}."
+_LABELS: Final = f"correct the labels and {_AGAIN}"
+_NEWER: Final = "run the same command again, which takes the new version."
+_ELSEWHERE: Final = "and choose another --output."
+_ADVICE: Final = {
+    "label_read": f"{_LABELS}.",
+    "label_size": f"{_LABELS}.",
+    "label_value": f"{_LABELS}, or map their values with input.label_map {_ELSEWHERE}",
+    "scene_changed": _NEWER,
+    "shard_count": _NEWER,
+    "bands": f"repair the sources and {_AGAIN}, or name other input.bands {_ELSEWHERE}",
+    "limit": f"repair the sources, or raise input.limits if you trust them, and {_AGAIN}.",
+    "mask_missing": f"predict these scenes into the run of --masks and {_AGAIN}.",
+    # A run keeps the failed unit of a file that stays the same.
+    "kills_worker": f"leave these scenes out, or give workers more memory or less to do, {_ELSEWHERE}",
+}
+"""What ends the failures of a kind; of all others, ``_REPAIR``."""
 
 
 def print_scores(summary: Mapping[str, Any], console: Console) -> None:
@@ -48,6 +68,27 @@ def print_scores(summary: Mapping[str, Any], console: Console) -> None:
         uncounted = counted(summary["uncounted_label_blocks"], "block")
         _plain(console, f"in none of these counts: the labels of {uncounted} that could not be read")
     _plain(console, _coverage(summary))
+
+
+def failure_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Say why scenes have failed and what to do about it, the kinds of most scenes first."""
+    failures = summary["failures"]
+    kinds = sorted(failures, key=lambda kind: (-failures[kind]["scenes"], kind))
+    lines = []
+    for kind in kinds[:_MOST_KINDS]:
+        found = failures[kind]
+        first = visible(f"{found['first_scene']}: {found['first_error']}")
+        lines.append(f"failed: {_kind_count(kind, found)}, first {first}")
+    if rest := kinds[_MOST_KINDS:]:
+        lines.append(f"failed: {', '.join(_kind_count(kind, failures[kind]) for kind in rest)}")
+    advised: dict[str, list[str]] = {}
+    for kind in kinds:
+        advised.setdefault(_ADVICE.get(kind, _REPAIR), []).append(visible(kind))
+    return lines + [f"what to do about {', '.join(of)}: {advice}" for advice, of in advised.items()]
+
+
+def _kind_count(kind: str, found: Mapping[str, Any]) -> str:
+    return f"{visible(kind)} in {counted(found['scenes'], 'scene')}"
 
 
 def _print_whole(console: Console, table: Table) -> None:

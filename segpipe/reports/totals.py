@@ -44,6 +44,7 @@ class ReportTotals:
         self._kind_blocks: Counter[str] = Counter()
         self._kind_scenes: Counter[str] = Counter()
         self._kind_last_scene: dict[str, str] = {}
+        self._kind_first: dict[str, dict[str, str]] = {}
 
     def add(self, sums: SceneSums, table: Any) -> None:
         """Take whole scenes and their rows of ``scenes.parquet``."""
@@ -67,13 +68,14 @@ class ReportTotals:
         room = NUM_FAILURES_SHOWN - len(self.failures)
         if room > 0:
             self.failures += table.slice(0, room).to_pylist()
-        for scene_id, kind in zip(
-            table["scene_id"].to_pylist(), table["error_kind"].to_pylist(), strict=True
-        ):
-            self._kind_blocks[kind or "unknown"] += 1
-            if self._kind_last_scene.get(kind or "unknown") != scene_id:
-                self._kind_last_scene[kind or "unknown"] = scene_id
-                self._kind_scenes[kind or "unknown"] += 1
+        columns = (table[name].to_pylist() for name in ("scene_id", "error_kind", "error"))
+        for scene_id, found, error in zip(*columns, strict=True):
+            kind = found or "unknown"
+            self._kind_blocks[kind] += 1
+            if self._kind_last_scene.get(kind) != scene_id:
+                self._kind_last_scene[kind] = scene_id
+                self._kind_scenes[kind] += 1
+                self._kind_first.setdefault(kind, {"first_scene": scene_id, "first_error": error or ""})
 
     def ledger(self, planned: Planned | None) -> dict[str, Any]:
         """Return the coverage part of the summary: where every scene, block and pixel has gone."""
@@ -93,6 +95,7 @@ class ReportTotals:
             "missing": missing,
             "failures": {
                 kind: {"blocks": self._kind_blocks[kind], "scenes": self._kind_scenes[kind]}
+                | self._kind_first[kind]
                 for kind in sorted(self._kind_blocks)
             },
             "pixels": {

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.ray
 def own_lines(text: str) -> list[str]:
     """The lines of stderr that segpipe itself prints."""
     starts = ("planned ", "warning: ", "error: ", "stopped; ", "reports: ", "not committed: ")
-    parts = (" units to compute", " units  ", " missing; the same", " scenes have failed", " units are there")
+    starts += ("failed: ", "what to do about ", "all failures: ")
+    parts = (" units to compute", " units  ", " missing; the same", " failed, more than", " units are there")
     return [line for line in text.splitlines() if line.startswith(starts) or any(p in line for p in parts)]
 
 

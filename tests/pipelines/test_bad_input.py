@@ -76,6 +76,12 @@ def test_bad_scenes_are_failed_rows_of_their_kind_and_the_rest_is_done(
     assert "Traceback" not in done.err
     assert "10 of 13 scenes have failed" in done.err
     assert "reports/failures.parquet" in done.err
+    said = [line for line in done.err.splitlines() if line.startswith("failed: ")]
+    assert said[0].startswith(f"failed: not_raster in 3 scenes, first text: {scenes}/text.tif: ")
+    assert len(said) == 6, "five kinds with their first scene, and a line for the others"
+    assert said[5] == "failed: header in 1 scene"
+    assert "what to do about not_raster, dtype, decode, header: repair the sources and run" in done.err
+    assert "or raise input.limits if you trust them, and run the same command again" in done.err
     found = failures(tmp_path / "run")
     assert {name: row["error_kind"] for name, row in found.items()} == KIND_OF
     for name, row in found.items():
@@ -114,7 +120,7 @@ def test_the_budget_of_failed_scenes_decides_between_0_and_5(
     (scenes / "d.tif").write_bytes(b"")
     done = predict(scenes, model, tmp_path / "run", "--set", f"failures.max_fraction={allowed}")
     assert done.code == code
-    assert ("failures.max_fraction" in done.err) == (code == 5)
+    assert ("1 of 4 scenes has failed, more than failures.max_fraction" in done.err) == (code == 5)
 
 
 def test_a_budget_that_is_just_met_is_met_whatever_the_fraction() -> None:

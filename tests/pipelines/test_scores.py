@@ -214,6 +214,16 @@ def test_a_label_of_another_size_or_with_unmapped_values_is_a_failed_row_and_the
     assert done.code == 5
     assert "Traceback" not in done.err
     assert "2 of 3 scenes have failed" in done.err
+    said = done.err.splitlines()[-6:]
+    assert said[0] == "2 of 3 scenes have failed, more than failures.max_fraction 0 allows:"
+    assert said[1].startswith(f"failed: label_size in 1 scene, first a: {folder}/labels/a.tif: ")
+    assert said[2].startswith(f"failed: label_value in 1 scene, first c: {folder}/labels/c.tif: ")
+    assert said[3].startswith("what to do about label_size: correct the labels and run the same command")
+    assert said[4].startswith("what to do about label_value: correct the labels and run the same command")
+    assert said[4].endswith("or map their values with input.label_map and choose another --output.")
+    reports = f"{folder}/run/reports"
+    assert said[5] == f"all failures: {reports}/failures.parquet, {reports}/report.html"
+    assert "repair the sources" not in done.err
     failures = {row["scene_id"]: row for row in table(folder, "run", "failures")}
     assert {name: row["error_kind"] for name, row in failures.items()} == {
         "a": "label_size", "c": "label_value",
@@ -227,7 +237,7 @@ def test_a_label_that_lies_elsewhere_is_a_failed_row_and_the_rest_is_scored(fold
     write_label(folder / "labels/a.tif", label_of("a"), **grid_of(0, shift_px=50))
     done = evaluate(folder, "run", "--model", folder / "model.safetensors", block_px=50)
     assert done.code == 5
-    assert "1 of 3 scenes have failed" in done.err
+    assert "1 of 3 scenes has failed" in done.err
     failures = table(folder, "run", "failures")
     assert {(row["scene_id"], row["error_kind"]) for row in failures} == {("a", "label_size")}
     assert "its upper left corner is 50.0 pixels from the scene's" in failures[0]["error"]

@@ -13,11 +13,12 @@ from report_rows import TWO, block, build, compared, failed, pairs
 from rich.console import Console
 
 from segpipe.config.card import ClassInfo
+from segpipe.errors import ERROR_KINDS
 from segpipe.reports.html import format_percent, render_html
 from segpipe.reports.tables import (
     Reports,
 )
-from segpipe.reports.terminal import print_scores
+from segpipe.reports.terminal import failure_lines, print_scores
 from segpipe.reports.totals import Planned
 
 
@@ -175,6 +176,35 @@ def test_the_terminal_shows_pixels_where_there_are_no_labels() -> None:
     assert "building" in text
     assert "40.00%" in text
     assert "miou" not in text
+
+
+def test_failures_are_told_by_kind_with_their_first_scene_and_what_to_do() -> None:
+    rows = [
+        failed("a", "limit"),
+        failed("b", "decode"),
+        *(failed("c", "decode", row_off=row, scene_height=20) for row in (0, 10)),
+        failed("d\x1b[2J", "mask_missing", error="gone\u202e. Predict it too."),
+    ]
+    again = "run the same command again, which computes what has changed"
+    assert failure_lines(build(rows)[0].summary) == [
+        "failed: decode in 2 scenes, first b: decode went wrong",
+        "failed: limit in 1 scene, first a: limit went wrong",
+        "failed: mask_missing in 1 scene, first d\\x1b[2J: gone\\u202e. Predict it too.",
+        f"what to do about decode: repair the sources and {again}.",
+        f"what to do about limit: repair the sources, or raise input.limits if you trust them, and {again}.",
+        f"what to do about mask_missing: predict these scenes into the run of --masks and {again}.",
+    ]
+
+
+def test_every_kind_has_its_count_and_advice_however_many_there_are() -> None:
+    lines = failure_lines(build(failed(kind, kind) for kind in ERROR_KINDS)[0].summary)
+    told = [line for line in lines if line.startswith("failed: ")]
+    assert len(told) == 6
+    for kind in ERROR_KINDS:
+        assert sum(f"{kind} in 1 scene" in line for line in told) == 1
+        advice = [line for line in lines if line.startswith("what to do about ")]
+        assert sum(kind in line.split(":")[0].split("about ")[1].split(", ") for line in advice) == 1
+    assert all(line.endswith(".") for line in lines if line.startswith("what to do"))
 
 
 def test_markup_and_control_characters_in_class_names_do_nothing_on_the_terminal() -> None:

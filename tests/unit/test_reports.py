@@ -168,8 +168,18 @@ def test_the_ledger_adds_up() -> None:
     assert summary["blocks"] == {"all": 5, "ok": 1, "empty": 1, "failed": 3}
     assert summary["pixels"] == {"all": 500, "valid": 90, "no_data": 110, "failed": 300}
     assert summary["failures"] == {
-        "decode": {"blocks": 2, "scenes": 2},
-        "label_value": {"blocks": 1, "scenes": 1},
+        "decode": {
+            "blocks": 2,
+            "scenes": 2,
+            "first_scene": "b",
+            "first_error": "decode went wrong",
+        },
+        "label_value": {
+            "blocks": 1,
+            "scenes": 1,
+            "first_scene": "c",
+            "first_error": "label_value went wrong",
+        },
     }
     assert summary["missing"] == {"scenes": 2, "blocks": 4, "pixels": 500}
     assert summary["km2"] == pytest.approx(
@@ -308,7 +318,9 @@ def test_shown_failures_are_bounded_and_all_are_in_the_file() -> None:
     reports, _, failures = build(failed(f"s{i}") for i in range(NUM_FAILURES_SHOWN + 50))
     assert len(failures) == NUM_FAILURES_SHOWN + 50
     assert reports.failures == failures[:NUM_FAILURES_SHOWN]
-    assert reports.summary["failures"]["decode"] == {"blocks": 150, "scenes": 150}
+    assert reports.summary["failures"]["decode"] == {
+        "blocks": 150, "scenes": 150, "first_scene": "s0", "first_error": "decode went wrong",
+    }  # fmt: skip
 
 
 def test_class_columns_are_snake_case_and_unique() -> None:
