@@ -56,12 +56,15 @@ def run_command(
             _print_dry_run(plan_job(job, events, need_labels=need_labels), as_json)
             return 0
         outcome = run_job(job, events, need_labels=need_labels)
-    print_outcome(outcome, as_json=as_json)
+    print_outcome(outcome, as_json=as_json, has_masks=masks is None)
     return outcome.exit_code
 
 
-def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
-    """Print how a run ended: results on stdout, what to do about faults on stderr."""
+def print_outcome(outcome: Outcome, *, as_json: bool, has_masks: bool = True) -> None:
+    """Print how a run ended: results on stdout, what to do about faults on stderr.
+
+    ``has_masks``: not so where the masks of another run were scored.
+    """
     import sys
 
     from rich.console import Console
@@ -80,7 +83,7 @@ def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
     else:
         if outcome.summary.get("scores"):
             print_scores(outcome.summary, Console())
-        print(_result_line(outcome))
+        print(_result_lines(outcome, has_masks))
     for reason in outcome.deferred:
         print(f"not committed: {reason}", file=sys.stderr)
     if outcome.missing:
@@ -99,16 +102,15 @@ def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
         print(f"all failures: {reports}/failures.parquet, {reports}/report.html", file=sys.stderr)
 
 
-def _result_line(outcome: Outcome) -> str:
+def _result_lines(outcome: Outcome, has_masks: bool) -> str:
     scenes = outcome.summary["scenes"]
     states = ", ".join(
         f"{scenes[name]} {name}" for name in ("ok", "empty", "partial", "failed") if scenes[name]
     )
-    return (
-        f"{counted(scenes['all'], 'scene')} ({states or 'none'}), {counted(outcome.units, 'unit')}, "
-        f"{outcome.computed} computed now\n"
-        f"masks:  {outcome.uri}/masks\nreport: {outcome.uri}/reports/report.html"
-    )
+    counts = f"{counted(scenes['all'], 'scene')} ({states or 'none'}), {counted(outcome.units, 'unit')}"
+    lines = [f"{counts}, {outcome.computed} computed now"]
+    lines += [f"masks:  {outcome.uri}/masks"] if has_masks else []
+    return "\n".join([*lines, f"report: {outcome.uri}/reports/report.html"])
 
 
 def _print_dry_run(plan: DryRun, as_json: bool) -> None:

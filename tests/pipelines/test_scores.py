@@ -93,9 +93,12 @@ def test_scores_are_those_of_the_confusion_counted_by_hand(folder: Path) -> None
 def test_scores_of_masks_are_those_of_the_model(folder: Path) -> None:
     model = folder / "model.safetensors"
     ok(evaluate(folder, "by-model", "--model", model, block_px=50, unit_px=4000))
-    ok(predict(folder / "in", model, folder / "masks", block_px=70, margin_px=4))
+    made = ok(predict(folder / "in", model, folder / "masks", block_px=70, margin_px=4))
+    assert f"masks:  {folder}/masks/masks\n" in made.out
     for out, cut in (("as-made", {"block_px": 70}), ("other-cut", {"block_px": 40, "unit_px": 3000})):
-        ok(evaluate(folder, out, "--masks", folder / "masks", **cut))
+        done = ok(evaluate(folder, out, "--masks", folder / "masks", **cut))
+        assert "masks: " not in done.out, "it holds none"
+        assert f"report: {folder}/{out}/reports/report.html" in done.out
         for name in TABLES:
             assert table(folder, out, name) == table(folder, "by-model", name), (out, name)
         assert all(row["mask"] is None for row in rows(folder / out, "mask"))
