@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Annotated, Any, cast
 
 import typer
 
 from segpipe import __version__
 from segpipe.cli import signals
-from segpipe.errors import SegpipeError
+from segpipe.errors import SegpipeError, StorageError
 from segpipe.imports import declare_own_process, no_collection
 
 app = typer.Typer(
@@ -257,14 +259,14 @@ def main(arguments: list[str] | None = None) -> None:
         declare_own_process()
     with signals.heard():
         try:
-            code = app(args=arguments, standalone_mode=False)
+            with _results():
+                code = app(args=arguments, standalone_mode=False)
         except SegpipeError as error:
             print(f"error: {error}", file=sys.stderr)
             code = error.exit_code
         except (KeyboardInterrupt, signals.Terminated, typer.Abort):
             code = 130
-        except BrokenPipeError:
-            sys.stdout = None
+        except _Unread:
             code = 141
         except Exception as error:  # of a library too that a signal met at a bad moment
             code = signals.exit_code() or _unexpected(error)
@@ -273,6 +275,56 @@ def main(arguments: list[str] | None = None) -> None:
     if code in (130, 143):
         print("stopped; the same command goes on where this one stopped", file=sys.stderr)
     sys.exit(code or 0)
+
+
+class _Unread(Exception):
+    """Nobody reads stdout; no OSError, for Rich would end the process on its own for a broken pipe."""
+
+
+class _Stdout:
+    """stdout that tells its own faults from all others: a full disk under it is no bug."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self.failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with self._told():
+            return self._file.write(text)
+
+    def flush(self) -> None:
+        with self._told():
+            self._file.flush()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = True
+            if isinstance(error, BrokenPipeError):
+                raise _Unread from error
+            what = f"the results cannot be printed ({error.strerror or error})"
+            fix = "Free space there or print elsewhere, and run the same command again: what is done stays."
+            raise StorageError(what, "stdout", fix) from error
+
+
+@contextmanager
+def _results() -> Iterator[None]:
+    """Print all of stdout in this context, or raise: Python would flush the rest only as the process ends."""
+    if sys.stdout is None:  # the parent closed it
+        yield
+        return
+    file, watched = sys.stdout, _Stdout(sys.stdout)
+    sys.stdout = cast(Any, watched)
+    try:
+        yield
+        watched.flush()
+    finally:
+        sys.stdout = None if watched.failed else file  # None: or Python would fail once more at the end
 
 
 def _unexpected(error: Exception) -> int:
