@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,6 +13,13 @@ _MOST_KEPT: Final = 20
 def counted(count: int, noun: str) -> str:
     """Return ``1 scene``, ``2 scenes``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def plain(value: float) -> str:
+    """Return four digits of a number, or all before its point, grouped and never with an exponent."""
+    decimals = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+    text = f"{value:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 def few(names: Sequence[str], most: int = 5, separator: str = ", ", total: int | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from segpipe.cli import signals
 from segpipe.pipelines.events import Events
-from segpipe.wording import counted
+from segpipe.wording import counted, plain
 
 if TYPE_CHECKING:
     from segpipe.pipelines.worker import UnitResult
@@ -123,19 +123,19 @@ class ProgressEvents(StderrLines):
         if self._bar is not None:
             self._bar.update(self._task, completed=self._ended, rates=self._rates())
         elif self._due() or self._ended == self._missing or self._ended == 1:
-            self._print(f"{self._ended} of {self._missing} units  {self._rates()}")
+            self._print(f"{self._ended} of {counted(self._missing, 'unit')}  {self._rates()}")
 
     def reporting(self, done: int, total: int) -> None:
         signals.check()
         self._close_bar()
         if self._due():
-            self._print(f"reports: {done} of {total} units read")
+            self._print(f"reports: {done} of {counted(total, 'unit')} read")
 
     def _rates(self) -> str:
         elapsed_s = max(1e-6, time.monotonic() - self._started_s)
         parts = [f"{self._scene_px / 1e6 / elapsed_s:.2f} Mpx/s"]
         if self._area_m2:
-            parts.append(f"{self._area_m2 / 1e6 / elapsed_s * 3600:.4g} km2/h")
+            parts.append(f"{plain(self._area_m2 / 1e6 / elapsed_s * 3600)} km2/h")
         if 0 < self._ended < self._missing:
             left_s = elapsed_s / self._ended * (self._missing - self._ended)
             parts.append(f"ETA {format_duration(left_s)}")

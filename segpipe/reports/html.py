@@ -15,6 +15,7 @@ from typing import Any, Final
 from segpipe.config.card import ClassInfo
 from segpipe.metrics.scores import OVERALL_SCORES
 from segpipe.reports.tables import Reports
+from segpipe.wording import plain
 
 MAX_MATRIX_CLASSES: Final = 40
 """A larger confusion matrix is left to ``confusion.parquet``."""
@@ -44,7 +45,7 @@ def render_html(reports: Reports, classes: Sequence[ClassInfo], title: str = "Se
         "score": format_score,
         "percent": format_percent,
         "grouped": format_count,
-        "area": format_area,
+        "area": plain,
         "visible": visible,
         "label": lambda name: _LABELS.get(name, name.replace("_", " ")),
     }
@@ -87,10 +88,6 @@ def format_percent(value: float | None) -> str:
 
 def format_count(value: int | None) -> str:
     return _ABSENT if value is None else f"{value:,}"
-
-
-def format_area(km2: float) -> str:
-    return f"{km2:,.0f}" if km2 >= 1000 else f"{km2:.4g}"
 
 
 def visible(text: str) -> str:
@@ -158,7 +155,7 @@ def _ledger(summary: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
         values = [*(summary[name].get(state) for state in states), missing.get(name)]
         ledger.append({"name": name, "cells": [format_count(value) for value in values]})
     if km2:
-        cells = [format_area(km2[name]) for name in ("all", "valid", "no_data", "failed")]
+        cells = [plain(km2[name]) for name in ("all", "valid", "no_data", "failed")]
         ledger.append({"name": "km²", "cells": [*cells[:2], _ABSENT, *cells[2:], _ABSENT]})
     return columns, ledger
 

@@ -17,7 +17,14 @@ def own_lines(text: str) -> list[str]:
     """The lines of stderr that segpipe itself prints."""
     starts = ("planned ", "warning: ", "error: ", "stopped; ", "reports: ", "not committed: ")
     starts += ("failed: ", "what to do about ", "all failures: ")
-    parts = (" units to compute", " units  ", " missing; the same", " failed, more than", " units are there")
+    parts = (
+        " to compute",
+        " units  ",
+        " unit  ",
+        " missing; the same",
+        " failed, more than",
+        " units are there",
+    )
     return [line for line in text.splitlines() if line.startswith(starts) or any(p in line for p in parts)]
 
 

@@ -51,6 +51,27 @@ def test_rates_and_eta_are_of_the_units_that_were_missing_and_the_time_since_the
     ]
 
 
+@pytest.mark.parametrize(
+    ("area_m2", "rate"),
+    [
+        (8.5527e11, "30,789,720"),
+        (3.4e7, "1,224"),
+        (2.7777e7, "1,000"),
+        (77.69, "0.002797"),
+        (1e-4, "0.0000000036"),
+    ],
+)
+def test_rates_have_no_exponent(
+    clock: Clock, capsys: pytest.CaptureFixture[str], area_m2: float, rate: str
+) -> None:
+    events = ProgressEvents()
+    events.started(units=1, missing=1)
+    clock.now_s += 100.0
+    events.unit(UnitResult(0, 0, "done", scene_px=1_000_000, area_m2=area_m2))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"1 of 1 unit  0.01 Mpx/s  {rate} km2/h"
+
+
 def test_an_eta_of_hours(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     events = ProgressEvents()
     events.started(units=101, missing=101)

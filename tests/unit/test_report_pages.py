@@ -126,6 +126,12 @@ def test_a_share_is_0_or_100_percent_only_where_it_is() -> None:
     assert format_percent(None) == "–"
 
 
+def test_areas_have_no_exponent_however_small() -> None:
+    html = render_html(build([block("a", pixel_m=0.88141)])[0], TWO)
+    assert "Pixels: 100, 0.00007769 km²." in Page(html).text
+    assert "e-05" not in html
+
+
 def printed(reports: Reports, width: int | None = 120) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     print_scores(reports.summary, console)
