@@ -2,6 +2,9 @@
 
 The style is allowed by its hash in the page's content security policy, and colours come as style rules, so
 that not even a style attribute gets through.
+
+The page names its run by model and recipe and not by its place: a run that is repeated elsewhere has the same
+bytes, and one that is moved keeps its right name.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ MAX_MATRIX_CLASSES: Final = 40
 """A larger confusion matrix is left to ``confusion.parquet``."""
 
 _ABSENT: Final = "–"
+_DIGEST_CHARS: Final = 12  # of a digest where it only tells one from another
 _SHADES: Final = 10
 _LABELS: Final = {
     "miou": "mean IoU",
@@ -56,6 +60,7 @@ def render_html(reports: Reports, classes: Sequence[ClassInfo], title: str = "Se
     names, ledger = _ledger(summary)
     return environment.from_string(_resource("page.html.j2")).render(
         title=title,
+        identity=", ".join(_identity(summary)),
         style=_Markup(style),
         style_hash=f"sha256-{digest}",
         summary=summary,
@@ -117,6 +122,15 @@ def _style(classes: Sequence[ClassInfo]) -> str:
         for step in range(1, _SHADES + 1)
     ]
     return "\n".join([_resource("page.css"), *swatches, *shades])
+
+
+def _identity(summary: dict[str, Any]) -> list[str]:
+    """Say what tells a run from others, digests shortened: in full they stand at the end of the page."""
+    parts = [f"model {summary['family']}"] if "family" in summary else []
+    for key, label in (("model_sha256", "sha256"), ("recipe_key", "recipe")):
+        if key in summary:
+            parts.append(f"{label} {summary[key][:_DIGEST_CHARS]}")
+    return parts
 
 
 def _share(part: int, whole: int) -> float | None:

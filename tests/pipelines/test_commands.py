@@ -108,6 +108,11 @@ def test_results_stand_on_stdout_and_progress_on_stderr(tmp_path: Path, scenes: 
     done = ok(predict(scenes, model, tmp_path / "run", **CUT))
     assert done.out.splitlines()[0] == "2 scenes (2 ok), 6 units, 6 computed now"
     assert f"{tmp_path}/run/reports/report.html" in done.out
+    page = (tmp_path / "run/reports/report.html").read_text()
+    key = require_run(open_storage(str(tmp_path / "run"))).recipe_key
+    assert "<title>Segmentation report: model pixel, sha256 " in page
+    assert f", recipe {key[:12]}</title>" in page
+    assert str(tmp_path) not in page, "the same run elsewhere has the same bytes"
     assert "planned 2 scenes" in done.err
     assert "6 units to compute" in done.err
     assert "Mpx/s" in done.err

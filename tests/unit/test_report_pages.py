@@ -118,6 +118,18 @@ def test_the_page_shows_scores_classes_matrix_worst_scenes_and_failures() -> Non
     assert sum(tag == "table" for tag, _ in page.tags) == 7
 
 
+def test_the_page_says_which_run_it_is_in_its_title_and_under_its_heading() -> None:
+    about = {"recipe_key": "a1b2c3d4e5f6" + "0" * 52, "model_sha256": "f" * 64, "family": "<u>net\u202e"}
+    html = render_html(build([block("a")], about=about)[0], TWO)
+    said = "model <u>net\\u202e, sha256 ffffffffffff, recipe a1b2c3d4e5f6"
+    assert "<title>Segmentation report: model &lt;u&gt;net\\u202e, sha256 f" in html
+    page = Page(html)
+    assert f"\n{said}. What was asked is in run.json, beside the folder of this page.\n" in page.text
+    for digest in (about["recipe_key"], about["model_sha256"]):
+        assert digest in page.text, "in full at the end"
+    assert "<title>Segmentation report</title>" in render_html(build([block("a")])[0], TWO)
+
+
 def test_a_share_is_0_or_100_percent_only_where_it_is() -> None:
     assert format_percent(0.0) == "0%"
     assert format_percent(1.0) == "100%"
