@@ -138,6 +138,17 @@ def test_a_share_is_0_or_100_percent_only_where_it_is() -> None:
     assert format_percent(None) == "–"
 
 
+def test_captions_count_one_as_one() -> None:
+    one = [compared("a", pairs((0, 0, 100))), failed("b")]
+    text = Page(render_html(build(one)[0], TWO)).text
+    assert "The scene of lowest mean IoU; all scenes" in text
+    assert "1 of 1 failed block; all are" in text
+    two = [compared("c", pairs((0, 0, 100))), failed("d")]
+    text = Page(render_html(build(one + two)[0], TWO)).text
+    assert "The 2 scenes of lowest mean IoU; all scenes" in text
+    assert "2 of 2 failed blocks; all are" in text
+
+
 def test_areas_have_no_exponent_however_small() -> None:
     html = render_html(build([block("a", pixel_m=0.88141)])[0], TWO)
     assert "Pixels: 100, 0.00007769 km²." in Page(html).text
