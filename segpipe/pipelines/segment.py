@@ -11,6 +11,7 @@ import numpy as np
 from segpipe.config.model import InputConfig
 from segpipe.errors import InputError, SceneError, SegpipeError
 from segpipe.geometry.grid import Block
+from segpipe.imports import no_collection
 from segpipe.inference.result import BlockResult
 from segpipe.masks.plan import PlanScene
 from segpipe.masks.read import MaskReader
@@ -121,8 +122,9 @@ def make_source(info: RunInfo, config: InputConfig, model_uri: str | None) -> Bl
     from segpipe.inference.memory import keep_freed_pages
 
     keep_freed_pages()  # before the threads that it is for
-    from segpipe.inference.engine import Engine, EngineConfig
-    from segpipe.models.file import load_model_bytes
+    with no_collection():
+        from segpipe.inference.engine import Engine, EngineConfig
+        from segpipe.models.file import load_model_bytes
 
     data = read_uri(model_uri)
     if hashlib.sha256(data).hexdigest() != info.model_sha256:

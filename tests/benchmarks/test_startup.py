@@ -24,7 +24,7 @@ import segpipe
 
 pytestmark = pytest.mark.benchmark
 
-ROUNDS = 4
+ROUNDS = 10
 DATA = Path(segpipe.__file__).parent / "demo" / "data"
 SCENE = DATA / "scenes" / "kampala_z19_309614_261632_chips21.tif"
 MODEL = DATA / "model.safetensors"
