@@ -31,6 +31,18 @@ class Job:
     masks_uri: str | None = None
 
     @property
+    def read_config(self) -> SegpipeConfig:
+        """The config that scenes are read by: with ``masks``, what those were made with.
+
+        No pixel is read again then, and so nothing decides any more which of them are data.
+        """
+        if self.masks is None:
+            return self.config
+        bands = self.masks.recipe["bands"]
+        read = {"bands": bands if isinstance(bands, str) else tuple(bands), "valid": "none"}
+        return self.config.model_copy(update={"input": self.config.input.model_copy(update=read)})
+
+    @property
     def output(self) -> str:
         assert self.config.output is not None
         return self.config.output
@@ -89,13 +101,6 @@ def _check_input(config: SegpipeConfig, card: ModelCard) -> None:
 
 
 def _as_made(config: SegpipeConfig, masks: RunInfo) -> SegpipeConfig:
-    """Return the config with what the masks were made with: no pixel of the scenes is read again."""
-    bands = masks.recipe["bands"]
-    read = {"bands": bands if isinstance(bands, str) else tuple(bands), "valid": "none"}
-    made = {"downsample": masks.recipe["inference"]["downsample"]}
-    return config.model_copy(
-        update={
-            "input": config.input.model_copy(update=read),
-            "inference": config.inference.model_copy(update=made),
-        }
-    )
+    """Return the config with the ``downsample`` that the masks were made with, which the reports tell."""
+    changes = {"downsample": masks.recipe["inference"]["downsample"]}
+    return config.model_copy(update={"inference": config.inference.model_copy(update=changes)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -149,15 +149,15 @@ def _plan_pages(
     for page in scenes.pages(PART_SCENES):
         replaced = {source.scene_id: old for source, old in page if old is not None}
         masks = index.find([source for source, _ in page]) if index is not None else {}
-        beyond = scenes.known_in(_BEYOND_LIMITS, replaced)
+        beyond = beyond_limits(scenes, page)
         inspected = []
         for scene in inspect([source for source, _ in page]):
             scene_id = scene.source.scene_id
             done += 1
             if done % 100 == 0 or done == total:
                 events.planned(done, total)
-            if scene_id in beyond and scene.error_kind == "limit":
-                continue  # still so: its failed row stands
+            if still_beyond(scene, beyond):
+                continue
             if scene_id in replaced and scene.error_kind == "scene_changed":
                 kept += 1  # the plan may have the newer version from another driver
                 continue
@@ -174,6 +174,16 @@ def _plan_pages(
             "Run the same command again."
         )
     return True
+
+
+def beyond_limits(scenes: SceneList, page: Sequence[tuple[SceneSource, int | None]]) -> set[str]:
+    """Return the scenes of a page that were planned, but beyond the limits."""
+    return scenes.known_in(_BEYOND_LIMITS, (source.scene_id for source, old in page if old is not None))
+
+
+def still_beyond(scene: PlanScene, beyond: Container[str]) -> bool:
+    """Whether nothing has changed for a scene of `beyond_limits`: its failed row stands."""
+    return scene.source.scene_id in beyond and scene.error_kind == "limit"
 
 
 def known_scenes(

@@ -33,7 +33,15 @@ from segpipe.pipelines.executor import Executor, start_executor
 from segpipe.pipelines.job import Job
 from segpipe.pipelines.local import LocalExecutor
 from segpipe.pipelines.mask_index import MaskIndex
-from segpipe.pipelines.plan import Inspect, PlanTotals, known_scenes, make_plan, plan_part
+from segpipe.pipelines.plan import (
+    Inspect,
+    PlanTotals,
+    beyond_limits,
+    known_scenes,
+    make_plan,
+    plan_part,
+    still_beyond,
+)
 from segpipe.pipelines.resources import (
     Hardware,
     Pool,
@@ -150,7 +158,8 @@ def plan_job(job: Job, events: Events, *, need_labels: bool = False) -> DryRun:
             inspect = _inspector(job, executor, info)
             done, total = 0, len(scenes)
             for page in scenes.pages(PART_SCENES):
-                plan_part(inspect([source for source, _ in page]), info.facts, totals)
+                beyond, found = beyond_limits(scenes, page), inspect([source for source, _ in page])
+                plan_part((one for one in found if not still_beyond(one, beyond)), info.facts, totals)
                 done += len(page)
                 events.planned(done, total)
             _announce(totals, scenes, info.card, events)
@@ -210,7 +219,7 @@ def _run_info(job: Job, facts: Facts) -> RunInfo:
 
 def _inspector(job: Job, executor: Executor, info: RunInfo) -> Inspect:
     def inspect(sources: Sequence[SceneSource]) -> Iterable[PlanScene]:
-        found = executor.inspect(sources, job.config, info.card)
+        found = executor.inspect(sources, job.read_config, info.card)
         if job.masks is None:
             return found
         # The masks that are scored were made of the bands that their run was told to take.
@@ -226,7 +235,7 @@ def _announce(totals: PlanTotals, scenes: SceneList, card: ModelCard, events: Ev
     if scenes.num_same_file:
         same = counted(scenes.num_same_file, "scene")
         events.warning(f"{same} planned again with the same file: the label or validity mask is another one")
-    what = "replaced, which an earlier start had planned from another path under the same id"
+    what = "under an id that an earlier start had planned from another path"
     _warn_of(scenes.other_path, what, events)
     _warn_of(totals.coarser, "with pixels more than 1.5 x coarser than the model's", events)
     what = "with more bands than the model takes, of which the first are used"
@@ -248,7 +257,7 @@ def _complete(
     outcome = Outcome(job.output, max_fraction=job.config.failures.max_fraction)
     # Absolute: workers may have another working folder.
     model = None if job.config.model is None else normalize_root(job.config.model)
-    setup = WorkerSetup(storage.root, info, job.config.input, model)
+    setup = WorkerSetup(storage.root, info, job.read_config.input, model)
     missing, outcome.units = missing_units(storage)
     num_missing = sum(map(len, missing))
     events.started(outcome.units, num_missing)

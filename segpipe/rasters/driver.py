@@ -29,7 +29,7 @@ from segpipe.geometry.grid import Window
 from segpipe.pages import block_zeros
 from segpipe.rasters.ranges import RangedObject
 from segpipe.rasters.scene import CHANGED_FIX, Version
-from segpipe.storage import Storage, open_object, open_storage
+from segpipe.storage import Storage, open_object
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -40,6 +40,7 @@ WHOLE_BYTES: Final = 64 << 20
 """A remote image that is no GeoTIFF is fetched whole up to this size: its formats have no windows."""
 
 _PROBE_BYTES: Final = 1 << 20
+_PROBES: Final = 64
 
 BLOCK_CACHE_BYTES: Final = 64 << 20
 """GDAL's cache of decoded blocks in this process: rows that neighbouring windows share are decoded once."""
@@ -279,18 +280,14 @@ def _check_version(storage: Storage, key: str, uri: str, version: Version | None
 
 
 def _probe(storage: Storage, key: str) -> None:
-    """Raise `StorageError` where a local file cannot be read from end to end."""
+    """Raise `StorageError` where a local file cannot be read: all of it, of a long one pieces all over it."""
     info = storage.stat(key)
-    if info is not None:
-        with suppress(ObjectChanged, ObjectMissing):  # told by the next check
-            _read_through(storage.root, key, info.etag)
-
-
-@lru_cache(maxsize=64)  # of what is whole: a damaged scene of many blocks is read once
-def _read_through(root: str, key: str, etag: str) -> None:
-    with open_storage(root).open_range(key, etag) as file:
-        while file.read(_PROBE_BYTES):
-            pass
+    if info is None:
+        return
+    step_bytes = max(_PROBE_BYTES, info.size_bytes // _PROBES)
+    with suppress(ObjectChanged, ObjectMissing):  # told by the next check
+        for start in range(0, info.size_bytes, step_bytes):
+            storage.read_range(key, start, min(_PROBE_BYTES, info.size_bytes - start), info.etag)
 
 
 def _nothing_to_check() -> None:

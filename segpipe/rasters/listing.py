@@ -19,8 +19,10 @@ from segpipe.rasters.templates import without_dots
 from segpipe.storage import ObjectInfo, Storage, join_uri, open_object, open_storage, scheme_of, split_uri
 
 SCENE_SUFFIXES: Final = RASTER_SUFFIXES + SHARD_SUFFIXES
-"""The file that makes a folder the output of a run."""
 _RUN_FILE_BYTES: Final = 1 << 24
+
+NO_LISTING: Final = ("http", "https")
+"""A page of links is no listing: it may be no page at all, or leave files out."""
 
 Kind = Literal["listing", "object", "list_file", "catalogue"]
 
@@ -59,6 +61,11 @@ def classify_input(text: str) -> Input | None:
         if found is not None:
             version = Version(found.size_bytes, found.etag)
             return Input(text, _kind_of(join_uri(storage.root, key), version), storage.root, key, version)
+    if scheme_of(text) in NO_LISTING:
+        if not text.endswith("/") and not has_wildcard(text) and not _is_bucket(text):
+            return None
+        what = "a web server has no listing: its pages of links may leave files out"
+        raise InputError(what, text, "Name the files, a list file or a catalogue.")
     if has_wildcard(text):
         return _glob(text)
     base = open_storage(text).root

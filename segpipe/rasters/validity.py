@@ -20,9 +20,6 @@ Array = np.ndarray[Any, Any]
 
 _CHUNK_PX: Final = 1 << 18  # comparisons of this many pixels stay in the processor's cache
 
-NAMED_RULES: Final = ("auto", "none", "nodata", "alpha")
-"""Values of ``input.valid`` that are no template."""
-
 
 @dataclass(frozen=True, slots=True)
 class ValidityRule:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from segpipe.errors import InputError, StorageRefused
+from segpipe.rasters.listing import NO_LISTING
 from segpipe.rasters.scene import Version
 from segpipe.rasters.scene_ids import printable
 from segpipe.rasters.spool import Role, Spool
@@ -17,8 +18,6 @@ from segpipe.wording import few
 _THREADS: Final = 16
 _LIST_FROM: Final = 50
 """Objects wanted in one remote folder from which listing it beats asking for each."""
-_NO_LISTING: Final = ("http", "https")
-"""A page of links is no listing: it may be no page at all, or leave files out."""
 _SHOWN: Final = 5
 
 
@@ -49,7 +48,7 @@ def pin_versions(spool: Spool, role: Role, seen: list[str]) -> Missing:
     missing = Missing()
     for folder, count in spool.crowded_folders(role, _LIST_FROM):
         start = f"{folder}/"
-        if scheme_of(folder) in _NO_LISTING:
+        if scheme_of(folder) in NO_LISTING:
             continue
         if not start.startswith(tuple(seen)) and _list_into(spool, folder, 4 * count + 10_000):
             seen.append(start)

@@ -1,4 +1,4 @@
-"""ReportTotals of a run: the coverage ledger, the dataset's counts, and the few rows that the page shows."""
+"""Totals of a run: the coverage ledger, the dataset's counts, and the few rows that the page shows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Planned:
 
 
 class ReportTotals:
-    """ReportTotals of the dataset, and the few scenes and failures that the page shows."""
+    """Totals of the dataset, and the few scenes and failures that the page shows."""
 
     def __init__(self, num_classes: int) -> None:
         self.counts = dict.fromkeys(COUNTS, 0)

@@ -176,6 +176,8 @@ def test_a_scene_beyond_the_limits_is_planned_anew_where_they_are_raised(tmp_pat
     for _ in range(2):
         done = predict(tmp_path / "in", model, tmp_path / "run", *small)
         assert (done.code, len(list((tmp_path / "run/plan").iterdir()))) == (5, 1)
+        dry = ok(predict(tmp_path / "in", model, tmp_path / "run", *small, "--dry-run", "--json")).tree
+        assert (dry["scenes"], dry["units"]) == (0, 0)
     done = ok(predict(tmp_path / "in", model, tmp_path / "run", "--json"))
     assert (done.tree["computed"], done.tree["summary"]["scenes"]["ok"]) == (1, 2)
     ok(run("verify", tmp_path / "run", "--full"))
@@ -186,7 +188,6 @@ def test_a_scene_that_replaces_one_of_another_path_is_named(tmp_path: Path, mode
         write_scene(tmp_path / folder / "t.tif", 70, 90, seed=number)
     assert "another path" not in ok(predict(tmp_path / "2024", model, tmp_path / "run")).err
     done = ok(predict(tmp_path / "2025", model, tmp_path / "run"))
-    assert "warning: 1 scene replaced, which an earlier start had planned from another path" in done.err
-    assert "under the same id: t" in done.err
+    assert "1 scene under an id that an earlier start had planned from another path: t" in done.err
     (tmp_path / "2025").rename(tmp_path / "moved")
     assert "another path" not in ok(predict(tmp_path / "moved", model, tmp_path / "run")).err

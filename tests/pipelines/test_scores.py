@@ -387,3 +387,12 @@ def test_the_cut_of_scores_is_kept_where_none_is_asked_for(folder: Path) -> None
     plain = ("--masks", folder / "masks", "-o", folder / "scores", "--executor", "local")
     ok(run("evaluate", folder / "in", *labels, *plain))
     evaluate(folder, "scores", "--masks", folder / "masks", block_px=32).refused(2, "block_px is 32")
+
+
+def test_validity_masks_beside_the_scenes_are_no_scenes_where_masks_are_scored(folder: Path) -> None:
+    for name, size in SIZES.items():
+        write_tiff(folder / f"in/{name}_mask.tif", np.full((1, *size), 255, np.uint8))
+    valid = ("--set", "input.valid={parent}/{stem}_mask.tif")
+    ok(predict(folder / "in", folder / "model.safetensors", folder / "masks", *valid))
+    done = ok(evaluate(folder, "scores", "--masks", folder / "masks", *valid, "--json"))
+    assert done.tree["summary"]["scenes"]["all"] == 3

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scene_inputs import put, scenes
 
-from segpipe.errors import StorageRefused
+from segpipe.errors import InputError, StorageRefused
 
 MANY = 60
 """More than from where on a folder is listed instead."""
@@ -87,3 +87,11 @@ def test_a_mask_that_a_catalogue_names_and_the_store_refuses_is_an_error(
     put(str(tmp_path), "cat.csv", data=f"uri,valid\n{server.uri}/s.tif,{server.uri}/s.msk\n".encode())
     with pytest.raises(StorageRefused, match=r"s\.msk: access denied"):
         scenes(str(tmp_path / "cat.csv"))
+
+
+@pytest.mark.parametrize("name", ["/", "/s*"])
+def test_a_folder_of_a_web_server_is_no_input(server: _Server, name: str) -> None:
+    server.lacking = 404
+    server.links = b'<a href="s00.tif">the newest</a>'
+    with pytest.raises(InputError, match=r"no listing.*Name the files"):
+        scenes(f"{server.uri}{name}")
