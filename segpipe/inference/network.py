@@ -63,12 +63,15 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 def _fold(graph: Graph, module: nn.Module) -> dict[str, nn.Module]:
     """Take batch norms out of the graph and return, by name, the convolutions that stand for both."""
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    # A network that also reads the weights of a convolution by itself needs them as they are.
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     folded: dict[str, nn.Module] = {}
     for norm_node in list(graph.nodes):
         conv_node = norm_node.args[0] if norm_node.args else None
         if calls[norm_node.target] != 1 or not isinstance(conv_node, Node) or calls[conv_node.target] != 1:
             continue
-        name = str(conv_node.target)
+        if (name := str(conv_node.target)) in read:
+            continue
         norm, conv = module.get_submodule(norm_node.target), module.get_submodule(name)
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
             continue

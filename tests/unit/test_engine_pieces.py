@@ -63,21 +63,26 @@ def test_folding_keeps_the_logits_and_leaves_the_model_alone(unet: nn.Module) ->
 
 
 class Awkward(nn.Module):
-    """Batch norms that may not be folded: of a shared convolution, of a second reader, without statistics."""
+    """Batch norms that may not be folded.
+
+    Of a convolution that is called twice, or whose result or weights something else reads; without statistics.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.shared = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
         self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(4))
         self.plain, self.unknown = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, track_running_stats=False)
+        self.seen, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
         self.bias = nn.Parameter(torch.randn(8, 1, 1))
-        for norm in self.norms:
+        for norm in (*self.norms, self.norm):
             nn.init.uniform_(norm.running_mean)
             nn.init.uniform_(norm.running_var, 0.5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.norms[0](self.conv(x))
         y = self.norms[2](self.shared(self.norms[1](self.shared(first))))
+        y = self.norm(self.seen(y)) + self.seen.weight.mean()
         read_twice = self.plain(y)
         return self.unknown(self.norms[3](read_twice) + read_twice + self.bias)
 
@@ -87,7 +92,7 @@ def test_only_what_a_batch_norm_has_for_itself_is_folded_into() -> None:
     model = Awkward().eval()
     x = torch.randn(1, 3, 9, 9)
     folded = fold_batch_norms(model)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 4
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 5
     with torch.no_grad():
         torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
