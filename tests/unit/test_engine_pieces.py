@@ -65,7 +65,8 @@ def test_folding_keeps_the_logits_and_leaves_the_model_alone(unet: nn.Module) ->
 class Awkward(nn.Module):
     """Batch norms that may not be folded.
 
-    Of a convolution that is called twice, or whose result or weights something else reads; without statistics.
+    Of a convolution that is called twice, or whose result or weights something else reads, and one without
+    statistics of its own.
     """
 
     def __init__(self) -> None:
